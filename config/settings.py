@@ -1,0 +1,45 @@
+"""The settings of one sidecar process. Order of precedence: defaults < environment < flags."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from msgspec import Struct
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """Every default that a person may want to change."""
+
+    home: Path
+    """Folder of imported models, one sub-folder each in `models/`."""
+
+    log_level: LogLevel = "info"
+    """Least severe line that goes to stderr."""
+
+    eof_grace_seconds: float = 5.0
+    """After stdin ends, accepted requests may run this long: `serve < requests.jsonl` keeps its answers."""
+
+    max_sequences: int = 32
+    """Sequences decoded together; more wait in line. Beyond this a step gets slower for everybody."""
+
+    prefill_chunk_tokens: int = 512
+    """Prompt tokens processed between two decode steps: the longest pause of a running stream."""
+
+    prefill_chunk_tokens_cpu: int = 128
+    """The same on a CPU, where larger chunks are no faster and 128 tokens already take half a second."""
+
+    tokenizer_threads: int = 2
+    """Requests whose templates and tokens are worked out at the same time, off the event loop."""
+
+
+def default_home(environment: Mapping[str, str], platform: str = sys.platform) -> Path:
+    """Return where models are kept: MLX_SIDECAR_HOME, or the platform's cache folder."""
+    if home := environment.get("MLX_SIDECAR_HOME"):
+        return Path(home).expanduser().absolute()
+    if platform == "darwin":
+        return Path("~/Library/Caches/mlx-sidecar").expanduser()
+    cache = environment.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "mlx-sidecar"

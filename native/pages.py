@@ -1,0 +1,59 @@
+"""Page residency of files (mincore) and memory of this process.
+
+Without the native module residency is unknown, and process memory comes from the standard library, which
+knows the peak only.
+"""
+
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+try:
+    from . import _core
+except ImportError:
+    _core = None
+
+
+@dataclass(frozen=True)
+class PagesReport:
+    """Whether residency can be told, and how often it was asked."""
+
+    active: bool
+    reason: str | None
+    queries: int = 0
+
+
+class Pages:
+    """Answers questions about pages and counts them."""
+
+    def __init__(self) -> None:
+        self._queries = 0
+
+    def of_files(self, paths: list[Path]) -> tuple[int, int] | None:
+        """Return (resident, total) bytes of the files in the page cache now; None when it cannot be told.
+
+        A file of another user may read as fully resident: Linux does not tell strangers.
+
+        Raises:
+            OSError: a file cannot be opened or mapped.
+        """
+        if _core is None:
+            return None
+        self._queries += 1
+        pages = [_core.file_pages(str(path)) for path in paths]
+        return sum(resident for resident, _ in pages), sum(total for _, total in pages)
+
+    def process_memory(self) -> tuple[int, int]:
+        """Return (resident, peak resident) bytes; on macOS the first is the physical footprint."""
+        if _core is not None:
+            return _core.process_memory()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak_bytes = peak if sys.platform == "darwin" else peak * 1024
+        return peak_bytes, peak_bytes
+
+    def report(self) -> PagesReport:
+        """Return what is true now."""
+        if _core is None:
+            return PagesReport(active=False, reason="the native module was not built")
+        return PagesReport(active=True, reason=None, queries=self._queries)

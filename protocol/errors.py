@@ -1,0 +1,202 @@
+"""Every error that can reach a client, in one place.
+
+    SidecarError
+    |-- ParseError              -32700  the frame is not JSON
+    |-- InvalidRequest          -32600  JSON, but not a request that can be accepted
+    |   |-- DuplicateId                 the id belongs to a request still in flight
+    |   `-- ShuttingDown                it came after `shutdown`
+    |-- MethodNotFound          -32601
+    |-- InvalidParams           -32602  `data.path` names the parameter
+    |-- InternalError           -32603  our fault, always
+    |-- NotInitialized          -32002
+    |-- RequestCancelled        -32800
+    |-- ModelNotFound            1001   nothing by that name on this machine
+    |-- ModelNotLoaded           1002   known perhaps, but not loaded now
+    |-- InvalidModel             1003   there, but not a model that can be loaded
+    |-- ContextOverflow          1004   the prompt does not fit the model's context
+    |-- Unsupported              1005   understood, and not possible with this model
+    `-- BackendUnavailable       1006   MLX cannot run on this machine
+
+Codes follow JSON-RPC 2.0 and LSP where those define one; application errors are positive. A message says
+what happened, whose fault it is and what to do. It never contains text of a library or a path of the
+server: those go to the log. Clients switch on `data.kind`, never on the message.
+"""
+
+from typing import Any, ClassVar
+
+import msgspec
+
+
+class ErrorObject(msgspec.Struct, rename="camel", omit_defaults=True):
+    """The `error` member of a response. `data` always holds `kind` and `retryable`."""
+
+    code: int
+    message: str
+    data: dict[str, Any] | None = None
+
+
+class SidecarError(Exception):
+    """Base of everything below; `data` is added to the wire object's `data`."""
+
+    code: ClassVar[int] = -32603
+    kind: ClassVar[str] = "internal_error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, **data: object) -> None:
+        super().__init__(message)
+        self.message = message
+        self.data = data
+
+    def to_wire(self) -> ErrorObject:
+        """Return the error object as a client sees it."""
+        data = {"kind": self.kind, "retryable": self.retryable, **self.data}
+        return ErrorObject(code=self.code, message=self.message, data=data)
+
+
+class ParseError(SidecarError):
+    """The frame is not JSON. The client must encode it again; the connection goes on."""
+
+    code, kind = -32700, "parse_error"
+
+    def __init__(self) -> None:
+        super().__init__("The frame is not valid JSON. Send one JSON-RPC object per line, in UTF-8.")
+
+
+class InvalidRequest(SidecarError):
+    """Valid JSON that is not an acceptable JSON-RPC 2.0 request. The client's fault."""
+
+    code, kind = -32600, "invalid_request"
+
+
+class DuplicateId(InvalidRequest):
+    """A second request uses an id that is still in flight; the first goes on untouched."""
+
+    kind = "duplicate_id"
+
+    def __init__(self, request_id: int | str) -> None:
+        super().__init__(
+            f"A request with id {request_id!r} is still in flight. Use a new id for every request.",
+            id=request_id,
+        )
+
+
+class ShuttingDown(InvalidRequest):
+    """The sidecar is going down and takes no more work."""
+
+    kind, retryable = "shutting_down", True
+
+    def __init__(self) -> None:
+        super().__init__("The sidecar is shutting down. Start a new one and send the request there.")
+
+
+class MethodNotFound(SidecarError):
+    """No method of that name."""
+
+    code, kind = -32601, "method_not_found"
+
+    def __init__(self, method: str) -> None:
+        super().__init__(f"There is no method {method[:100]!r}. Check the method table.", method=method[:100])
+
+
+class InvalidParams(SidecarError):
+    """A parameter is missing, unknown, of the wrong type or out of range; `path` names it."""
+
+    code, kind = -32602, "invalid_params"
+
+    def __init__(self, path: str, problem: str) -> None:
+        where = f"Parameter {path!r}" if path else "The parameters"
+        super().__init__(f"{where}: {problem}. Correct the request and send it again.", path=path)
+        self.path = path
+
+
+class InternalError(SidecarError):
+    """A defect of the sidecar. The log has the details; the request may be sent again."""
+
+    code, kind, retryable = -32603, "internal_error", True
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The sidecar failed while handling this request. This is its own fault; "
+            "its log says what happened. Other requests are not affected."
+        )
+
+
+class NotInitialized(SidecarError):
+    """A request came before `initialize`."""
+
+    code, kind = -32002, "not_initialized"
+
+    def __init__(self) -> None:
+        super().__init__("The first request must be 'initialize'. Send it and wait for the answer.")
+
+
+class RequestCancelled(SidecarError):
+    """The client cancelled this request. (`generate` ends with a normal result instead.)"""
+
+    code, kind = -32800, "cancelled"
+
+    def __init__(self) -> None:
+        super().__init__("The request was cancelled, as asked.")
+
+
+class ModelNotFound(SidecarError):
+    """No model of that name is on this machine."""
+
+    code, kind = 1001, "model_not_found"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"There is no model {model[:200]!r} on this machine. Run 'mlx-sidecar pull' for it, "
+            "or name a model folder by its absolute path.",
+            model=model[:200],
+        )
+
+
+class ModelNotLoaded(SidecarError):
+    """The request names a model that is not loaded."""
+
+    code, kind = 1002, "model_not_loaded"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"Model {model[:200]!r} is not loaded. Call 'load' first.", model=model[:200])
+
+
+class InvalidModel(SidecarError):
+    """The folder is there but is not a model that can be loaded."""
+
+    code, kind = 1003, "invalid_model"
+
+    def __init__(self, model: str, problem: str) -> None:
+        super().__init__(f"Model {model[:200]!r} cannot be loaded: {problem}.", model=model[:200])
+
+
+class ContextOverflow(SidecarError):
+    """The prompt leaves no room for a token in the model's context."""
+
+    code, kind = 1004, "context_overflow"
+
+    def __init__(self, prompt_tokens: int, context_length: int) -> None:
+        super().__init__(
+            f"The prompt has {prompt_tokens} tokens; the model's context holds {context_length}, answer "
+            "included. Shorten the prompt.",
+            promptTokens=prompt_tokens,
+            contextLength=context_length,
+        )
+
+
+class Unsupported(SidecarError):
+    """Understood, but not possible with this model or in this version."""
+
+    code, kind = 1005, "unsupported"
+
+
+class BackendUnavailable(SidecarError):
+    """MLX could not be started on this machine."""
+
+    code, kind = 1006, "backend_unavailable"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "MLX could not be started on this machine. On Linux install the 'cpu' or the 'cuda' extra; "
+            "the sidecar's log says what is missing."
+        )

@@ -1,0 +1,201 @@
+"""The JSON-RPC 2.0 envelope: one frame to a request or notification, one answer to a frame.
+
+Facts about the decoder that the code below rests on: msgspec raises `ValidationError` (a `DecodeError`) for
+valid JSON of the wrong shape, plain `DecodeError` for what is not JSON, and `RecursionError` beyond about a
+thousand levels of nesting, even inside a member that is skipped.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from .errors import ErrorObject, InvalidParams, InvalidRequest, ParseError
+
+ParamsT = TypeVar("ParamsT")
+RequestId = int | str
+SAFE_INTEGER = 2**53 - 1
+"""Largest integer that a JavaScript number holds exactly; ids and seeds stay within it."""
+
+
+class Request(msgspec.Struct):
+    """A call (with `id`) or a notification (without). `params` is still undecoded JSON."""
+
+    jsonrpc: Literal["2.0"]
+    method: str
+    id: RequestId | msgspec.UnsetType = msgspec.UNSET
+    params: msgspec.Raw = msgspec.Raw(b"{}")
+
+    @property
+    def is_notification(self) -> bool:
+        """True when the sender wants no answer, not even an error."""
+        return self.id is msgspec.UNSET
+
+
+class BadFrame(Exception):
+    """A frame that cannot be dispatched: what to answer, and to which id (None when unknown)."""
+
+    def __init__(self, error: ParseError | InvalidRequest, request_id: RequestId | None) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.request_id = request_id
+
+
+class _Response(msgspec.Struct, kw_only=True):
+    jsonrpc: str = "2.0"
+    id: RequestId | None
+    result: Any
+
+
+class _ErrorResponse(msgspec.Struct, kw_only=True):
+    jsonrpc: str = "2.0"
+    id: RequestId | None
+    error: ErrorObject
+
+
+class _Notification(msgspec.Struct, kw_only=True):
+    jsonrpc: str = "2.0"
+    method: str
+    params: Any
+
+
+class Reply(msgspec.Struct):
+    """A frame as a client receives it: a response (`id`, `result` or `error`) or a notification."""
+
+    id: RequestId | None = None
+    method: str | None = None
+    params: msgspec.Raw = msgspec.Raw(b"null")
+    result: msgspec.Raw = msgspec.Raw(b"null")
+    error: ErrorObject | None = None
+
+
+_encoder = msgspec.json.Encoder()
+_request_decoder = msgspec.json.Decoder(Request)
+_reply_decoder = msgspec.json.Decoder(Reply)
+
+# Line ends to JavaScript's readline and to str.splitlines, though not to JSON.
+_LINE_SEPARATORS = (
+    ("\u2028".encode(), b"\\u2028"),
+    ("\u2029".encode(), b"\\u2029"),
+    ("\u0085".encode(), b"\\u0085"),
+)
+
+
+def decode_request(frame: bytes) -> Request:
+    """Return the request in one frame.
+
+    Raises:
+        BadFrame: not JSON, or JSON that is not a JSON-RPC 2.0 request.
+    """
+    try:
+        request = _request_decoder.decode(frame)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        raise _bad_frame(frame) from None
+    if isinstance(request.id, int) and abs(request.id) > SAFE_INTEGER:
+        raise BadFrame(InvalidRequest("The id is larger than 2^53 - 1. Use a smaller one or a string."), None)
+    return request
+
+
+def decode_reply(frame: bytes) -> Reply:
+    """Return the response or notification in one frame; raise msgspec.DecodeError on anything else."""
+    return _reply_decoder.decode(frame)
+
+
+def decode_params(raw: msgspec.Raw, decode: Callable[[msgspec.Raw], ParamsT]) -> ParamsT:
+    """Return `raw` as the type that `decode` was built for.
+
+    Raises:
+        InvalidParams: with the path of the parameter that is wrong.
+        BadFrame: the JSON inside is broken after all (bad UTF-8 in a string, nesting).
+    """
+    if raw == b"null":
+        raw = msgspec.Raw(b"{}")
+    try:
+        return decode(raw)
+    except msgspec.ValidationError as error:
+        raise _invalid_params(str(error)) from None
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        raise BadFrame(ParseError(), None) from None
+
+
+def encode_result(request_id: RequestId, result: object) -> bytes:
+    """Return the response frame (no newline) for a call that succeeded."""
+    return _encode(_Response(id=request_id, result=result))
+
+
+def encode_error(request_id: RequestId | None, error: ErrorObject) -> bytes:
+    """Return the response frame (no newline) for a call that failed."""
+    return _encode(_ErrorResponse(id=request_id, error=error))
+
+
+def encode_notification(method: str, params: object) -> bytes:
+    """Return the frame (no newline) of a notification."""
+    return _encode(_Notification(method=method, params=params))
+
+
+def encode_request(request_id: RequestId, method: str, params: object) -> bytes:
+    """Return the frame (no newline) of a call, for clients."""
+    return _encode({"jsonrpc": "2.0", "id": request_id, "method": method, "params": params})
+
+
+def _encode(message: object) -> bytes:
+    try:
+        frame = _encoder.encode(message)
+    except UnicodeEncodeError:
+        # A lone surrogate must not cost the client its answer.
+        frame = _encoder.encode(_without_surrogates(msgspec.to_builtins(message)))
+    if not frame.isascii():
+        for raw, escaped in _LINE_SEPARATORS:
+            if raw in frame:
+                frame = frame.replace(raw, escaped)
+    return frame
+
+
+def _without_surrogates(value: Any) -> Any:
+    match value:
+        case str():
+            return value.encode("utf-8", "replace").decode()
+        case list():
+            items: list[Any] = value
+            return [_without_surrogates(item) for item in items]
+        case dict():
+            members: dict[Any, Any] = value
+            return {_without_surrogates(key): _without_surrogates(item) for key, item in members.items()}
+        case _:
+            return value
+
+
+def _bad_frame(frame: bytes) -> BadFrame:
+    # Validation stops at the first wrong member, so whether the rest is JSON at all is only known now.
+    try:
+        message = msgspec.json.decode(frame)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return BadFrame(ParseError(), None)
+    if isinstance(message, list):
+        return BadFrame(InvalidRequest("Batches are not accepted. Send one object per line."), None)
+    if not isinstance(message, dict):
+        return BadFrame(InvalidRequest("A request is a JSON object."), None)
+    members: dict[str, Any] = message
+    request_id: Any = members.get("id")
+    usable_id = isinstance(request_id, RequestId) and not isinstance(request_id, bool)
+    if members.get("jsonrpc") != "2.0":
+        problem = 'The member "jsonrpc" must be "2.0".'
+    elif not isinstance(members.get("method"), str):
+        problem = 'The member "method" must be a string.'
+    else:
+        problem = 'The member "id" must be a string or an integer.'
+    return BadFrame(InvalidRequest(problem), request_id if usable_id else None)
+
+
+def _invalid_params(message: str) -> InvalidParams:
+    """Turn "Expected `int`, got `str` - at `$.stop[...]`" into a problem and a path."""
+    problem, _, place = message.partition(" - at `$")
+    path = place.rstrip("`").lstrip(".")
+    problem = problem.replace("`", "'")
+    for phrase in ("Object contains unknown field '", "Object missing required field '"):
+        if problem.startswith(phrase):
+            field = problem.removeprefix(phrase).rstrip("'")
+            path = f"{path}.{field}" if path else field
+            problem = "is not known" if "unknown" in phrase else "is required"
+    return InvalidParams(path, problem[0].lower() + problem[1:])
+

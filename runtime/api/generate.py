@@ -1,0 +1,134 @@
+"""generate."""
+
+import secrets
+import time
+
+import anyio
+from anyio import CapacityLimiter, to_thread
+from msgspec import UnsetType
+
+from mlx_sidecar.protocol import messages as m
+from mlx_sidecar.protocol.errors import ContextOverflow, InvalidParams
+
+from ..engine.sequence import Sampling, Sequence
+from ..engine.thread import InferenceThread
+from ..models.registry import LoadedModel, ModelRegistry
+from ..server.connection import Call
+from ..telemetry.counters import Counters
+from ..text.answer import Answer
+from .generation import Generation, GiveProgress
+from .tokens import check_ids, encode, only_one
+
+
+class GenerateApi:
+    """From a request to a sequence, and from its end to a result."""
+
+    def __init__(
+        self, registry: ModelRegistry, engine: InferenceThread, pool: CapacityLimiter, counters: Counters
+    ) -> None:
+        self._registry = registry
+        self._engine = engine
+        self._pool = pool
+        self._counters = counters
+
+    async def generate(self, params: m.GenerateParams, call: Call) -> m.GenerateResult:
+        """Answer a prompt, streamed if the request has a `partialResultToken`.
+
+        Raises:
+            InvalidParams, ModelNotLoaded, ContextOverflow, Unsupported, InternalError.
+        """
+        arrived_at = time.monotonic()
+        only_one(
+            "messages", {"messages": params.messages, "prompt": params.prompt, "tokens": params.tokens}
+        )
+        self._counters.started += 1
+        try:
+            # Until there is a sequence, a cancel stops the waiting; afterwards it ends the sequence.
+            with anyio.CancelScope() as scope:
+                call.on_cancel = scope.cancel
+                model = await self._registry.ready(params.model)
+                with model.in_use():
+                    prompt = await self._prompt(params, model)
+                    result = await self._answer(params, call, model, prompt, arrived_at)
+            if scope.cancelled_caught:
+                result = _cancelled_before_it_began(arrived_at)
+        except Exception:
+            self._counters.failed += 1
+            raise
+        self._counters.count(result)
+        return result
+
+    async def _prompt(self, params: m.GenerateParams, model: LoadedModel) -> list[int]:
+        if isinstance(params.tokens, list):
+            prompt = params.tokens
+            check_ids(prompt, model)
+        else:
+            prompt = await to_thread.run_sync(
+                encode, model, params.messages, params.prompt, limiter=self._pool, abandon_on_cancel=True
+            )
+        if not prompt:
+            raise InvalidParams("tokens" if isinstance(params.tokens, list) else "prompt", "is empty")
+        if len(prompt) >= model.facts.context_length:
+            raise ContextOverflow(len(prompt), model.facts.context_length)
+        return prompt
+
+    async def _answer(
+        self, params: m.GenerateParams, call: Call, model: LoadedModel, prompt: list[int], arrived_at: float
+    ) -> m.GenerateResult:
+        stops = [params.stop] if isinstance(params.stop, str) else params.stop
+        generation = Generation(
+            Answer(model.tokenizer.stream(), stops), arrived_at, _progress_of(params, call), self._engine.cancel
+        )
+        sequence = Sequence(
+            model=model.name,
+            prompt=prompt,
+            max_tokens=min(params.max_tokens, model.facts.context_length - len(prompt)),
+            sampling=_sampling(params, model.facts.vocabulary),
+            stop_token_ids=model.tokenizer.eos_ids | frozenset(params.stop_token_ids),
+            on_emission=generation.on_emission,
+        )
+        call.on_cancel = lambda: self._engine.cancel(sequence)
+        model.sequences.add(sequence)
+        try:
+            self._engine.submit(sequence)
+            await generation.finished()
+        finally:
+            model.sequences.discard(sequence)
+            # Does nothing to a sequence that has ended; ends one whose request is being torn down.
+            self._engine.cancel(sequence)
+        return generation.result(sequence)
+
+
+def _progress_of(params: m.GenerateParams, call: Call) -> GiveProgress | None:
+    token = params.partial_result_token
+    if isinstance(token, UnsetType):
+        return None
+    return lambda value: call.progress(token, value)
+
+
+def _sampling(params: m.GenerateParams, vocabulary: int) -> Sampling:
+    if params.top_k >= vocabulary:
+        raise InvalidParams("topK", f"must be below the vocabulary's size, {vocabulary}; 0 switches it off")
+    for token in params.logit_bias:
+        if not 0 <= token < vocabulary:
+            raise InvalidParams(f"logitBias.{token}", f"the vocabulary has {vocabulary} ids, from 0")
+    return Sampling(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=params.logit_bias,
+        seed=secrets.randbits(53) if params.seed is None else params.seed,
+    )
+
+
+def _cancelled_before_it_began(arrived_at: float) -> m.GenerateResult:
+    waited = (time.monotonic() - arrived_at) * 1000
+    return m.GenerateResult(
+        finish_reason="cancelled",
+        usage=m.Usage(prompt_tokens=0, completion_tokens=0),
+        timings=m.Timings(queue_ms=waited, prefill_ms=0, ttft_ms=0, decode_ms=0, tokens_per_second=0),
+    )

@@ -1,0 +1,83 @@
+"""stats."""
+
+import time
+from concurrent.futures import Future
+
+from mlx_sidecar.native.blas import Blas
+from mlx_sidecar.native.pages import Pages
+from mlx_sidecar.protocol import messages as m
+
+from ..engine.sequence import Device
+from ..engine.thread import InferenceThread
+from ..models.registry import ModelRegistry
+from ..server.connection import Call
+from ..telemetry.counters import Counters
+
+
+class StatsApi:
+    """One document about everything, made of what the parts say of themselves."""
+
+    def __init__(
+        self,
+        engine: InferenceThread,
+        registry: ModelRegistry,
+        counters: Counters,
+        blas: Blas,
+        pages: Pages,
+        started_at: float,
+    ) -> None:
+        self._engine = engine
+        self._registry = registry
+        self._counters = counters
+        self._blas = blas
+        self._pages = pages
+        self._started_at = started_at
+
+    def stats(self, _: m.NoParams, __: Call) -> m.StatsResult:
+        """Collect the document; cheap, and never waits for the engine."""
+        return m.StatsResult(
+            uptime_ms=(time.monotonic() - self._started_at) * 1000,
+            memory=self._memory(),
+            requests=self._counters.requests(),
+            tokens=self._counters.tokens(),
+            engine=self._engine_stats(),
+            models=self._registry.infos(),
+            native=m.NativeStats(blas=self._blas_stats(), pages=self._pages_stats()),
+        )
+
+    def _memory(self) -> m.MemoryStats:
+        resident, peak = self._pages.process_memory()
+        mlx = self._engine.memory
+        return m.MemoryStats(
+            resident_bytes=resident,
+            peak_resident_bytes=peak,
+            mlx_active_bytes=mlx.active,
+            mlx_cache_bytes=mlx.cached,
+            mlx_peak_bytes=mlx.peak,
+        )
+
+    def _engine_stats(self) -> m.EngineStats:
+        stats = m.EngineStats(
+            state=self._engine.state, steps=self._engine.steps, sequences=self._engine.sequences
+        )
+        if (device := _device(self._engine.started())) is not None:
+            stats.device = device.kind
+            stats.mlx_version = device.mlx_version
+            stats.start_ms = device.start_ms
+        return stats
+
+    def _blas_stats(self) -> m.BlasStats:
+        report = self._blas.report()
+        if not report.active or report.library is None or report.threads is None:
+            return m.BlasStats(active=False, reason=report.reason or "")
+        return m.BlasStats(active=True, library=report.library, threads=report.threads, calls=report.calls)
+
+    def _pages_stats(self) -> m.PagesStats:
+        report = self._pages.report()
+        if not report.active:
+            return m.PagesStats(active=False, reason=report.reason or "")
+        return m.PagesStats(active=True, queries=report.queries)
+
+
+def _device(started: "Future[Device]") -> Device | None:
+    return started.result() if started.done() and started.exception() is None else None

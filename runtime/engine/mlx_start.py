@@ -1,0 +1,112 @@
+"""How MLX and mlx-lm come into the process: on the inference thread, and without what a text model never uses.
+
+Importing `mlx_lm` the plain way takes about two seconds: its package body and three modules import transformers
+and huggingface_hub for annotations, for a tokenizer class that we do not use, and for downloads that belong
+to `pull`. Here the package body is not run, and placeholders stand in for the two libraries while mlx-lm's
+modules are imported; afterwards they are gone, and whoever needs the real ones imports them as usual.
+"""
+
+import importlib.util
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from mlx_sidecar.native.blas import Blas
+
+from .sequence import Device
+
+_PLACEHOLDERS = {
+    "transformers": ("AutoTokenizer", "PreTrainedTokenizer", "PreTrainedTokenizerFast"),
+    "transformers.tokenization_utils_base": ("PreTrainedTokenizerBase",),
+    "huggingface_hub": ("snapshot_download",),
+}
+
+
+def start_mlx(blas: Blas) -> Device:
+    """Import what the engine needs and return what it will run on.
+
+    Raises:
+        ImportError: MLX, mlx-lm or their native libraries are missing.
+    """
+    began = time.monotonic()
+    blas.activate()
+    import mlx.core as mx
+
+    blas.confirm(lambda: mx.eval(mx.ones((32, 32)) @ mx.ones((32, 32))))
+    _import_mlx_lm()
+    kind = _device_kind()
+    if kind == "cpu":
+        # On a CPU it would start a C++ compiler at run time, for over a second for each new expression, and
+        # load the result from a folder in /tmp. It makes decoding no faster.
+        mx.disable_compile()
+    limit_wired_memory()
+    return Device(kind, mx.__version__, (time.monotonic() - began) * 1000)
+
+
+def limit_wired_memory() -> None:
+    """Set Metal's wired limit to the recommended size, once; a no-op elsewhere.
+
+    mlx-lm's generators set the same limit and put back what they found; so what they find must be ours.
+    """
+    import mlx.core as mx
+
+    recommended = mx.device_info().get("max_recommended_working_set_size")
+    if recommended is not None:
+        mx.set_wired_limit(int(recommended))
+
+
+def _device_kind() -> str:
+    import mlx.core as mx
+
+    if mx.default_device().type != mx.DeviceType.gpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def _import_mlx_lm() -> None:
+    if "mlx_lm" not in sys.modules:
+        spec = importlib.util.find_spec("mlx_lm")
+        if spec is None:
+            raise ImportError("mlx_lm is not installed")
+        sys.modules["mlx_lm"] = importlib.util.module_from_spec(spec)
+    with _placeholders(), _file_limit_kept():
+        importlib.import_module("mlx_lm.generate")
+
+
+@contextmanager
+def _placeholders() -> Iterator[None]:
+    absent = [name for name in _PLACEHOLDERS if name not in sys.modules]
+    for name in absent:
+        module: Any = ModuleType(name)
+        module.__path__ = []
+        for member in _PLACEHOLDERS[name]:
+            setattr(module, member, _Placeholder)
+        sys.modules[name] = module
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
+
+
+class _Placeholder:
+    """Stands for a class of transformers while mlx-lm is imported: it can be subclassed and registered."""
+
+    @classmethod
+    def register(cls, *_: object, **__: object) -> None:
+        """Accept what `AutoTokenizer.register` accepts."""
+
+
+@contextmanager
+def _file_limit_kept() -> Iterator[None]:
+    # mlx_lm.utils lowers the limit of open files, hard limit included, which nobody can undo later.
+    real = resource.setrlimit
+    resource.setrlimit = lambda *_: None
+    try:
+        yield
+    finally:
+        resource.setrlimit = real

@@ -1,0 +1,205 @@
+"""The inference thread: commands in by one queue, emissions out once a step.
+
+Nothing but this thread touches MLX. It imports it, loads with it, runs it, frees with it, and clears MLX's
+thread-local streams as its last act: without that the process aborts when the interpreter ends.
+"""
+
+import gc
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mlx_sidecar.native.blas import Blas
+
+from .mlx_start import start_mlx
+from .sequence import Device, Emission, EngineState, MemoryUse, Sequence
+
+if TYPE_CHECKING:
+    from .batch import Batch
+
+ResultT = TypeVar("ResultT")
+Deliver = Callable[[list[Emission]], None]
+
+log = logging.getLogger("engine")
+
+
+class InferenceThread:
+    """Runs batches of sequences, round-robin over models, and hands each step's emissions to `deliver`.
+
+    `deliver` is called on this thread and must only pass the list on. The other methods may be called from
+    any thread.
+    """
+
+    def __init__(self, deliver: Deliver, blas: Blas) -> None:
+        self._deliver = deliver
+        self._blas = blas
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._batches: dict[str, Batch] = {}
+        self._started: Future[Device] = Future()
+        # Running, so that one waiter who gives up cannot cancel it for the others.
+        self._started.set_running_or_notify_cancel()
+        self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
+        self.state: EngineState = "starting"
+        self.steps = 0
+        self.memory = MemoryUse()
+        self._last_step_at: float | None = None
+
+    def start(self) -> None:
+        """Begin importing MLX; idempotent."""
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def started(self) -> "Future[Device]":
+        """Return a future of the device; it fails with ImportError or RuntimeError if MLX cannot run here."""
+        return self._started
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that wait, prefill or decode."""
+        return sum(len(batch) for batch in list(self._batches.values()))
+
+    def last_step_age_ms(self) -> float | None:
+        """Return milliseconds since the last finished step while there is work; None when idle."""
+        last = self._last_step_at
+        return None if last is None else (time.monotonic() - last) * 1000
+
+    def run(self, work: Callable[[], ResultT]) -> "Future[ResultT]":
+        """Run `work` on this thread between two steps and return a future of its result."""
+        future: Future[ResultT] = Future()
+
+        def command() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._commands.put(command)
+        return future
+
+    def attach(self, model: str, batch: "Batch") -> None:
+        """Make `batch` the one that runs `model`. Call on this thread, out of `run`."""
+        self._batches[model] = batch
+
+    def detach(self, model: str) -> None:
+        """Stop running `model` and give its memory back. Call on this thread, out of `run`."""
+        batch = self._batches.pop(model, None)
+        if batch is not None:
+            self._end(batch.reset(), "cancelled")
+        del batch
+        self.give_memory_back()
+
+    def give_memory_back(self) -> None:
+        """Return MLX's unused buffers to the system. Call on this thread, out of `run`."""
+        import mlx.core as mx
+
+        gc.collect()
+        mx.synchronize()
+        mx.clear_cache()
+        self._note_memory()
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a sequence; everything about it is reported through its `on_emission`."""
+        self._commands.put(lambda: self._add(sequence))
+
+    def cancel(self, sequence: Sequence) -> None:
+        """End a sequence at the next step boundary with finish "cancelled"; nothing if it has ended."""
+        self._commands.put(lambda: self._remove(sequence))
+
+    def stop(self, timeout: float) -> bool:
+        """End the thread after the current step; return whether it ended within `timeout` seconds."""
+        if self._thread.ident is None:
+            return True
+        self.state = "stopping"
+        self._commands.put(lambda: None)
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            device = start_mlx(self._blas)
+        except BaseException as error:
+            log.exception("MLX could not be started")
+            self.state = "failed"
+            self._started.set_exception(error)
+            return
+        if self.state == "starting":
+            self.state = "ready"
+        self._started.set_result(device)
+        log.info("MLX %s is ready on %s after %.0f ms", device.mlx_version, device.kind, device.start_ms)
+        try:
+            self._loop()
+        finally:
+            self._close()
+
+    def _loop(self) -> None:
+        while self.state != "stopping":
+            busy = any(len(batch) for batch in self._batches.values())
+            self._last_step_at = (self._last_step_at or time.monotonic()) if busy else None
+            self._obey(wait=not busy)
+            for model, batch in list(self._batches.items()):
+                if len(batch):
+                    self._step(model, batch)
+
+    def _obey(self, *, wait: bool) -> None:
+        try:
+            command = self._commands.get(block=wait)
+            while True:
+                command()
+                command = self._commands.get_nowait()
+        except queue.Empty:
+            pass
+
+    def _step(self, model: str, batch: "Batch") -> None:
+        try:
+            emissions = batch.step()
+        except Exception:
+            log.exception("a step of model %r failed; its sequences end", model)
+            self._end(batch.reset(), "failed")
+            return
+        self.steps += 1
+        self._last_step_at = time.monotonic()
+        self._note_memory()
+        if emissions:
+            self._deliver(emissions)
+
+    def _add(self, sequence: Sequence) -> None:
+        batch = self._batches.get(sequence.model)
+        if batch is None:
+            self._end([sequence], "cancelled")
+            return
+        try:
+            batch.add(sequence)
+        except Exception:
+            log.exception("a sequence could not be added")
+            self._end([sequence], "failed")
+
+    def _remove(self, sequence: Sequence) -> None:
+        batch = self._batches.get(sequence.model)
+        if batch is not None and batch.remove(sequence):
+            self._end([sequence], "cancelled")
+
+    def _end(self, sequences: list[Sequence], finish: Any) -> None:
+        now = time.monotonic()
+        for sequence in sequences:
+            sequence.finished_at = now
+        if sequences:
+            self._deliver([Emission(sequence, None, finish) for sequence in sequences])
+
+    def _note_memory(self) -> None:
+        import mlx.core as mx
+
+        self.memory = MemoryUse(mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory())
+
+    def _close(self) -> None:
+        import mlx.core as mx
+
+        for model in list(self._batches):
+            self.detach(model)
+        gc.collect()
+        mx.clear_streams()

@@ -1,0 +1,238 @@
+"""The models in memory, as the event loop sees them: plain facts, a tokenizer, and who is using what.
+
+The networks themselves stay on the inference thread; a name is all that crosses over.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+
+import anyio
+from anyio import CapacityLimiter, to_thread
+
+from mlx_sidecar.config.settings import Settings
+from mlx_sidecar.native.pages import Pages
+from mlx_sidecar.protocol import messages as m
+from mlx_sidecar.protocol.errors import BackendUnavailable, InvalidModel, InvalidParams, ModelNotLoaded
+
+from ..engine.sequence import Sequence
+from ..engine.thread import InferenceThread
+from ..text.tokenizer import ModelTokenizer
+from .sources import find_model, weight_files
+from .store import ModelStore
+
+log = logging.getLogger("models")
+
+
+class LoadedModel:
+    """One entry: what a request needs to know of a model, and the sequences that it runs."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.state: m.ModelState = "loading"
+        self.settled = anyio.Event()
+        self.idle = anyio.Event()
+        self.sequences: set[Sequence] = set()
+        self.users = 0
+        self.result: m.LoadResult | None = None
+        self._tokenizer: ModelTokenizer | None = None
+
+    @property
+    def tokenizer(self) -> ModelTokenizer:
+        """The tokenizer; there once the model is ready."""
+        assert self._tokenizer is not None
+        return self._tokenizer
+
+    @property
+    def facts(self) -> m.LoadResult:
+        """What `load` answered; there once the model is ready."""
+        assert self.result is not None
+        return self.result
+
+    def become_ready(self, tokenizer: ModelTokenizer, result: m.LoadResult) -> None:
+        """Open the model to requests."""
+        self._tokenizer, self.result, self.state = tokenizer, result, "ready"
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep the model from being unloaded while the block runs."""
+        self.users += 1
+        try:
+            yield
+        finally:
+            self.users -= 1
+            if self.users == 0:
+                self.idle.set()
+
+    def info(self) -> m.ModelInfo:
+        """Return this model's line of `models`."""
+        info = m.ModelInfo(model=self.name, state=self.state, in_use=self.users)
+        if self.result is not None:
+            info.dtype = self.result.dtype
+            info.parameters = self.result.parameters
+            info.context_length = self.result.context_length
+            info.bytes = self.result.bytes
+        return info
+
+
+class ModelRegistry:
+    """Loads and unloads by name; a model is in exactly one state, and a failed load leaves nothing behind."""
+
+    def __init__(
+        self,
+        engine: InferenceThread,
+        store: ModelStore,
+        pages: Pages,
+        pool: CapacityLimiter,
+        settings: Settings,
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._pages = pages
+        self._pool = pool
+        self._settings = settings
+        self._models: dict[str, LoadedModel] = {}
+
+    def infos(self) -> list[m.ModelInfo]:
+        """Return a line for every model, oldest first."""
+        return [model.info() for model in self._models.values()]
+
+    async def ready(self, name: str) -> LoadedModel:
+        """Return a model that can be used now, after waiting for a load that is under way.
+
+        Raises:
+            ModelNotLoaded: it is not loaded, or its load failed.
+        """
+        model = self._models.get(name)
+        while model is not None and model.state == "loading":
+            await model.settled.wait()
+            model = self._models.get(name)
+        if model is None or model.state != "ready":
+            raise ModelNotLoaded(name)
+        return model
+
+    async def load(self, params: m.LoadParams) -> m.LoadResult:
+        """Bring a model into memory; one that is there already is answered at once.
+
+        Raises:
+            ModelNotFound, InvalidModel, BackendUnavailable, InvalidParams.
+        """
+        name = params.model
+        while (present := self._models.get(name)) is not None:
+            if present.state == "ready":
+                return _same_dtype(present, params)
+            await present.settled.wait()
+        model = self._models[name] = LoadedModel(name)
+        try:
+            await self._load(model, params)
+        except BaseException:
+            del self._models[name]
+            raise
+        finally:
+            model.settled.set()
+        return model.facts
+
+    async def unload(self, params: m.UnloadParams) -> m.UnloadResult:
+        """Give a model's memory back, after its requests have ended; `force` ends them.
+
+        Raises:
+            ModelNotLoaded: it is not loaded.
+        """
+        model = await self.ready(params.model)
+        model.state = "unloading"
+        model.settled = anyio.Event()
+        if params.force:
+            for sequence in model.sequences:
+                self._engine.cancel(sequence)
+        # Once begun an unload runs to its end, whoever stops waiting for it: half of one is no state.
+        with anyio.CancelScope(shield=True):
+            while model.users:
+                model.idle = anyio.Event()
+                await model.idle.wait()
+            await asyncio.wrap_future(self._discard(model.name))
+            del self._models[model.name]
+            model.state = "unloaded"
+            model.settled.set()
+        log.info("unloaded %s", model.name)
+        return m.UnloadResult(model=model.name, state="unloaded")
+
+    async def _load(self, model: LoadedModel, params: m.LoadParams) -> None:
+        began = time.monotonic()
+        try:
+            device = await asyncio.wrap_future(self._engine.started())
+        except (ImportError, OSError, RuntimeError):
+            raise BackendUnavailable() from None
+        waited_ms = (time.monotonic() - began) * 1000
+        folder = await to_thread.run_sync(find_model, model.name, self._store, limiter=self._pool)
+        pages = await to_thread.run_sync(self._pages.of_files, weight_files(folder), limiter=self._pool)
+        work = self._engine.run(lambda: self._load_network(model.name, folder, params.dtype, device.kind))
+        try:
+            tokenizer = await self._load_tokenizer(model.name, folder)
+            result = await asyncio.wrap_future(work)
+        except Exception:
+            await asyncio.wrap_future(self._discard(model.name))
+            raise
+        except BaseException:
+            # Cancelled: nobody waits for it any more, and the engine frees it before it does anything else.
+            self._discard(model.name)
+            raise
+        result.load_ms = (time.monotonic() - began) * 1000
+        result.phases.runtime_ms = waited_ms
+        if pages is not None:
+            result.pages = m.PagesReport(resident_bytes=pages[0], total_bytes=pages[1])
+        model.become_ready(tokenizer, result)
+        log.info("loaded %s as %s in %.0f ms", model.name, result.dtype, result.load_ms)
+
+    async def _load_tokenizer(self, name: str, folder: Path) -> ModelTokenizer:
+        try:
+            return await to_thread.run_sync(ModelTokenizer, folder, limiter=self._pool)
+        except ValueError as error:
+            raise InvalidModel(name, str(error)) from error
+
+    def _discard(self, name: str) -> Future[None]:
+        return self._engine.run(lambda: self._engine.detach(name))
+
+    def _load_network(self, name: str, folder: Path, dtype: m.DtypeRequest, device: str) -> m.LoadResult:
+        """Load, warm up and attach; runs on the inference thread."""
+        from ..engine.batch import MlxLmBatch
+        from .loader import LoadError, load_network, warm_up
+
+        problem = ""
+        try:
+            network = load_network(folder, dtype, device)
+        except LoadError as error:
+            log.warning("loading %s failed", name, exc_info=error)
+            problem = str(error)
+        if problem:
+            # Raised out here, because inside the block its traceback would keep the half-built network alive.
+            raise InvalidModel(name, problem)
+        chunk = self._settings.prefill_chunk_tokens_cpu if device == "cpu" else self._settings.prefill_chunk_tokens
+        batch = MlxLmBatch(
+            network.module, max_sequences=self._settings.max_sequences, prefill_chunk_tokens=chunk
+        )
+        warmup_ms = warm_up(batch, device)
+        self._engine.attach(name, batch)
+        result = m.LoadResult(
+            model=name,
+            state="ready",
+            dtype=network.dtype,
+            parameters=network.parameters,
+            context_length=network.context_length,
+            vocabulary=network.vocabulary,
+            bytes=network.nbytes,
+            load_ms=network.load_ms,
+            phases=m.LoadPhases(runtime_ms=0, weights_ms=network.load_ms, warmup_ms=warmup_ms),
+        )
+        if network.reason is not None:
+            result.reason = network.reason
+        return result
+
+
+def _same_dtype(model: LoadedModel, params: m.LoadParams) -> m.LoadResult:
+    if params.dtype not in ("auto", "stored", model.facts.dtype):
+        raise InvalidParams("dtype", f"the model is loaded as {model.facts.dtype}; unload it first")
+    return model.facts

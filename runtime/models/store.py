@@ -1,0 +1,67 @@
+"""The folder of imported models: `<home>/models/<name>/`, each complete or absent.
+
+A model appears by one rename, together with a receipt of what it was made from and by which importer, so a
+half-finished import is never seen and an outdated one is recognised.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+IMPORTER_VERSION = 1
+"""Raise when the import writes other files for the same source."""
+
+_RECEIPT = "mlx-sidecar.json"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}", re.IGNORECASE)
+
+
+def is_store_name(name: str) -> bool:
+    """Tell whether `name` can be a model of the store; it can never lead out of it."""
+    return _NAME.fullmatch(name) is not None
+
+
+class ModelStore:
+    """Finds and adds models below one home folder."""
+
+    def __init__(self, home: Path) -> None:
+        self._folder = home / "models"
+
+    def find(self, name: str) -> Path | None:
+        """Return the folder of a complete model, or None."""
+        if not is_store_name(name):
+            return None
+        folder = self._folder / name
+        return folder if (folder / _RECEIPT).is_file() else None
+
+    def is_current(self, name: str, source_sha256: str) -> bool:
+        """Tell whether the model is there, made from this source by this version of the import."""
+        folder = self.find(name)
+        return folder is not None and (folder / _RECEIPT).read_text() == _receipt(source_sha256)
+
+    @contextmanager
+    def adding(self, name: str, source_sha256: str) -> Iterator[Path]:
+        """Give a path to write a model folder at; when the block ends well it becomes the model `name`."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".adding-", dir=self._folder))
+        try:
+            made = staging / "model"
+            yield made
+            (made / _RECEIPT).write_text(_receipt(source_sha256))
+            self._replace(name, made, staging)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _replace(self, name: str, made: Path, staging: Path) -> None:
+        target = self._folder / name
+        if target.exists():
+            os.replace(target, staging / "old")
+        os.replace(made, target)
+
+
+def _receipt(source_sha256: str) -> str:
+    return json.dumps({"sourceSha256": source_sha256, "importer": IMPORTER_VERSION}) + "\n"

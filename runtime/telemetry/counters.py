@@ -1,0 +1,34 @@
+"""Totals since the start, kept on the event loop."""
+
+from mlx_sidecar.protocol import messages as m
+
+
+class Counters:
+    """Generations and tokens."""
+
+    def __init__(self) -> None:
+        self.started = 0
+        self.failed = 0
+        self._finished = 0
+        self._cancelled = 0
+        self._prompt_tokens = 0
+        self._completion_tokens = 0
+
+    def count(self, result: m.GenerateResult) -> None:
+        """Add a generation that ended."""
+        if result.finish_reason == "cancelled":
+            self._cancelled += 1
+        else:
+            self._finished += 1
+        self._prompt_tokens += result.usage.prompt_tokens
+        self._completion_tokens += result.usage.completion_tokens
+
+    def requests(self) -> m.RequestStats:
+        """Return the totals of generations."""
+        return m.RequestStats(
+            started=self.started, finished=self._finished, cancelled=self._cancelled, failed=self.failed
+        )
+
+    def tokens(self) -> m.TokenStats:
+        """Return the totals of tokens."""
+        return m.TokenStats(prompt=self._prompt_tokens, completion=self._completion_tokens)

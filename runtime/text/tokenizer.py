@@ -1,0 +1,149 @@
+"""One model's text side: encode, decode, template, and what ends an answer.
+
+The tokenizer of the `tokenizers` library is used directly, from `tokenizer.json`. A folder without that file
+goes through transformers, which can build one and costs over a second to import.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from mlx_sidecar.protocol.errors import Unsupported
+from mlx_sidecar.protocol.messages import Message
+
+from .chat_template import ChatTemplate
+
+_SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class ModelTokenizer:
+    """Text to ids and back, for one model. Safe to use from several threads."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the tokenizer files of a model folder.
+
+        Raises:
+            ValueError: the files are missing or damaged; the message names the problem without paths.
+        """
+        config = _read_json(folder / "tokenizer_config.json")
+        self._tokenizer = _load(folder)
+        self._template = _template(folder, config)
+        self.eos_ids = _eos_ids(folder, config, self._tokenizer)
+
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Return the ids of `text`, with the tokens that the model wants around it if `special_tokens`."""
+        return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        """Return the ids of the rendered messages; the template has already put the special tokens in.
+
+        Raises:
+            Unsupported: the model has no chat template.
+            InvalidParams: the template refuses the messages.
+        """
+        if self._template is None:
+            raise Unsupported("The model has no chat template. Send 'prompt' instead of 'messages'.")
+        return self.encode(self._template.render(messages), special_tokens=False)
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def stream(self) -> "Detokenizer":
+        """Return a fresh incremental decoder."""
+        return Detokenizer(self._tokenizer)
+
+
+class Detokenizer:
+    """Ids to text, one at a time. What is given out never changes later and never ends inside a character."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []
+        self._given = 0
+        self._holding = False
+
+    def feed(self, token: int) -> str:
+        """Return the text that `token` completes; empty while a character is unfinished."""
+        self._ids.append(token)
+        text = self._stream.step(self._tokenizer, token) or ""
+        self._holding = not text
+        self._given += len(text)
+        return text
+
+    def finish(self) -> str:
+        """Return held text that is complete; the bytes of a character that never was are dropped."""
+        if not self._holding:
+            return ""
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        return text[self._given :].rstrip("\ufffd")
+
+
+def _load(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if path.exists():
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:
+            raise ValueError("its tokenizer.json cannot be read") from error
+    return _load_with_transformers(folder)
+
+
+def _load_with_transformers(folder: Path) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        slow: Any = cast(Any, AutoTokenizer).from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:
+        raise ValueError("it has no tokenizer that can be read") from error
+    backend = getattr(slow, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise ValueError("its tokenizer has no fast form")
+    return backend
+
+
+def _template(folder: Path, config: dict[str, Any]) -> ChatTemplate | None:
+    file = folder / "chat_template.jinja"
+    source = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
+    if isinstance(source, list):
+        named = cast(list[dict[str, str]], source)
+        source = next((entry["template"] for entry in named if entry.get("name") == "default"), None)
+    if not isinstance(source, str):
+        return None
+    tokens = {role: _content(config.get(role)) for role in _SPECIAL_ROLES}
+    return ChatTemplate(source, {role: token for role, token in tokens.items() if token is not None})
+
+
+def _eos_ids(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> frozenset[int]:
+    """Collect every id that ends an answer; model makers spread them over three files."""
+    ids: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        value = _read_json(folder / name).get("eos_token_id")
+        ids.update(value if isinstance(value, list) else [value] if isinstance(value, int) else [])
+    token = _content(config.get("eos_token"))
+    if token is not None and (position := tokenizer.token_to_id(token)) is not None:
+        ids.add(position)
+    return frozenset(ids)
+
+
+def _content(token: Any) -> str | None:
+    """Return the text of a special token, which older folders write as an object."""
+    if isinstance(token, dict):
+        return cast(dict[str, str], token).get("content")
+    return token if isinstance(token, str) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"its {path.name} is not valid JSON") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"its {path.name} is not a JSON object")
+    return cast(dict[str, Any], value)
