@@ -6,7 +6,7 @@ thousand levels of nesting, even inside a member that is skipped.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import msgspec
 
@@ -156,10 +156,9 @@ def _without_surrogates(value: Any) -> Any:
         case str():
             return value.encode("utf-8", "replace").decode()
         case list():
-            items: list[Any] = value
-            return [_without_surrogates(item) for item in items]
+            return [_without_surrogates(item) for item in cast(list[Any], value)]
         case dict():
-            members: dict[Any, Any] = value
+            members = cast(dict[Any, Any], value)
             return {_without_surrogates(key): _without_surrogates(item) for key, item in members.items()}
         case _:
             return value
@@ -175,7 +174,7 @@ def _bad_frame(frame: bytes) -> BadFrame:
         return BadFrame(InvalidRequest("Batches are not accepted. Send one object per line."), None)
     if not isinstance(message, dict):
         return BadFrame(InvalidRequest("A request is a JSON object."), None)
-    members: dict[str, Any] = message
+    members = cast(dict[str, Any], message)
     request_id: Any = members.get("id")
     usable_id = isinstance(request_id, RequestId) and not isinstance(request_id, bool)
     if members.get("jsonrpc") != "2.0":
@@ -198,4 +197,3 @@ def _invalid_params(message: str) -> InvalidParams:
             path = f"{path}.{field}" if path else field
             problem = "is not known" if "unknown" in phrase else "is required"
     return InvalidParams(path, problem[0].lower() + problem[1:])
-

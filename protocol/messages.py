@@ -35,7 +35,7 @@ class NoParams(Params):
     """A method without parameters."""
 
 
-# -- lifecycle ---------------------------------------------------------------------------------------------
+# -- lifecycle --
 
 
 class ClientInfo(Params):
@@ -86,11 +86,11 @@ class PingResult(Result):
     last_step_age_ms: float | None
 
 
-# -- models ------------------------------------------------------------------------------------------------
+# -- models --
 
 
 class LoadParams(Params):
-    """`model` is a name that `mlx-sidecar pull` brought, an absolute folder, or a hub id in the hub's cache."""
+    """`model` is a name that `mlx-sidecar pull` brought, an absolute folder, or an id in the hub's cache."""
 
     model: ModelName
     dtype: DtypeRequest = "auto"
@@ -162,7 +162,7 @@ class ModelsResult(Result):
     models: list[ModelInfo]
 
 
-# -- generate ----------------------------------------------------------------------------------------------
+# -- generate --
 
 
 class Message(Params):
@@ -224,8 +224,8 @@ class Timings(Result):
     tokens_per_second: float
 
 
-class GenerateResult(Result, omit_defaults=True):
-    """The end of a generation; `text` and `tokens` only when it was not streamed, `lastSeq` only when it was."""
+class GenerateResult(Result):
+    """The end of a generation. `text` and `tokens` stand here only when it was not streamed."""
 
     finish_reason: FinishReason
     usage: Usage
@@ -235,7 +235,7 @@ class GenerateResult(Result, omit_defaults=True):
     last_seq: int | UnsetType = UNSET
 
 
-# -- tokens ------------------------------------------------------------------------------------------------
+# -- tokens --
 
 
 class TokenizeParams(Params):
@@ -267,7 +267,7 @@ class DetokenizeResult(Result):
     text: str
 
 
-# -- stats -------------------------------------------------------------------------------------------------
+# -- stats --
 
 
 class NativeComponent(Result):
@@ -347,7 +347,7 @@ class StatsResult(Result):
     native: NativeStats
 
 
-# -- notifications -----------------------------------------------------------------------------------------
+# -- notifications --
 
 
 class CancelParams(Params):

@@ -40,97 +40,111 @@ def serve(settings: Settings, wire: Wire) -> int:
 
 
 async def _serve(settings: Settings, wire: Wire) -> int:
-    loop = asyncio.get_running_loop()
-    lifecycle = Lifecycle()
-    blas = Blas()
+    app = App(settings)
+    ending = await app.run(wire)
+    log.info("ending: %s", ending.reason)
+    app.engine.stop(_ENGINE_STOP_SECONDS)
+    return ending.exit_code
 
-    def deliver(emissions: list[Emission]) -> None:
-        loop.call_soon_threadsafe(_hand_over, emissions)
 
-    def end_from_thread(ending: Ending) -> None:
-        loop.call_soon_threadsafe(lifecycle.end, ending)
+class App:
+    """The parts of one process, and how they are joined. Built and run on the event loop."""
 
-    engine = InferenceThread(deliver, blas)
-    outbox = Outbox(wire.write, partial(end_from_thread, OUTPUT_BROKEN))
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(watch_signals, lifecycle.end)
-        handlers = _handlers(settings, engine, blas, tasks, lifecycle)
-        connection = Connection(outbox, tasks, handlers, partial(_exit, lifecycle))
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._started_at = time.monotonic()
+        self._lifecycle = Lifecycle()
+        self._blas, self._pages, self._counters = Blas(), Pages(), Counters()
+        self.engine = InferenceThread(self._deliver, self._blas)
 
-        def on_chunk(chunk: bytes) -> None:
-            loop.call_soon_threadsafe(take, chunk)
+    async def run(self, wire: Wire) -> Ending:
+        """Serve one connection over `wire`; return why it ended, with everything said that had to be."""
+        outbox = Outbox(wire.write, partial(self._end_from_thread, OUTPUT_BROKEN))
+        # A list, because the block below might as well swallow what would have set a name.
+        endings: list[Ending] = []
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(watch_signals, self._lifecycle.end)
+            connection = Connection(outbox, tasks, self._handlers(tasks), self._on_exit)
+            self._start_reader(wire, connection)
+            endings.append(await self._drain(connection))
+            tasks.cancel_scope.cancel()
+        outbox.close(_FLUSH_SECONDS)
+        return endings[0]
 
+    def _handlers(self, tasks: TaskGroup) -> dict[str, Handler]:
+        pool = anyio.CapacityLimiter(self._settings.tokenizer_threads)
+        store = ModelStore(self._settings.home)
+        registry = ModelRegistry(self.engine, store, self._pages, pool, self._settings)
+
+        def watch(process_id: int) -> None:
+            tasks.start_soon(watch_host, process_id, self._lifecycle.end)
+
+        lifecycle = LifecycleApi(self.engine, watch, self._started_at)
+        models = ModelsApi(registry)
+        tokens = TokensApi(registry, pool)
+        return {
+            "initialize": lifecycle.initialize,
+            "ping": lifecycle.ping,
+            "shutdown": lifecycle.shutdown,
+            "load": models.load,
+            "unload": models.unload,
+            "models": models.models,
+            "generate": GenerateApi(registry, self.engine, pool, self._counters).generate,
+            "tokenize": tokens.tokenize,
+            "detokenize": tokens.detokenize,
+            "stats": StatsApi(
+                self.engine, registry, self._counters, self._blas, self._pages, self._started_at
+            ).stats,
+        }
+
+    def _start_reader(self, wire: Wire, connection: Connection) -> None:
         def take(chunk: bytes) -> None:
             connection.feed(chunk)
             reader.release()
 
+        def on_chunk(chunk: bytes) -> None:
+            self._loop.call_soon_threadsafe(take, chunk)
+
         def on_end() -> None:
-            loop.call_soon_threadsafe(connection.end_input)
-            end_from_thread(INPUT_ENDED)
+            self._loop.call_soon_threadsafe(connection.end_input)
+            self._end_from_thread(INPUT_ENDED)
 
         reader = PipeReader(wire.read, on_chunk, on_end)
         reader.start()
-        ending = await _drain(connection, lifecycle, settings.eof_grace_seconds)
-        tasks.cancel_scope.cancel()
-    log.info("ending: %s", ending.reason)
-    outbox.close(_FLUSH_SECONDS)
-    engine.stop(_ENGINE_STOP_SECONDS)
-    return ending.exit_code
 
+    def _deliver(self, emissions: list[Emission]) -> None:
+        self._loop.call_soon_threadsafe(_hand_over, emissions)
 
-def _handlers(
-    settings: Settings, engine: InferenceThread, blas: Blas, tasks: TaskGroup, lifecycle: Lifecycle
-) -> dict[str, Handler]:
-    started_at = time.monotonic()
-    pages, counters = Pages(), Counters()
-    pool = anyio.CapacityLimiter(settings.tokenizer_threads)
-    registry = ModelRegistry(engine, ModelStore(settings.home), pages, pool, settings)
-    lifecycle_api = LifecycleApi(
-        engine, lambda process_id: tasks.start_soon(watch_host, process_id, lifecycle.end), started_at
-    )
-    models_api = ModelsApi(registry)
-    generate_api = GenerateApi(registry, engine, pool, counters)
-    tokens_api = TokensApi(registry, pool)
-    stats_api = StatsApi(engine, registry, counters, blas, pages, started_at)
-    return {
-        "initialize": lifecycle_api.initialize,
-        "ping": lifecycle_api.ping,
-        "shutdown": lifecycle_api.shutdown,
-        "load": models_api.load,
-        "unload": models_api.unload,
-        "models": models_api.models,
-        "generate": generate_api.generate,
-        "tokenize": tokens_api.tokenize,
-        "detokenize": tokens_api.detokenize,
-        "stats": stats_api.stats,
-    }
+    def _end_from_thread(self, ending: Ending) -> None:
+        self._loop.call_soon_threadsafe(self._lifecycle.end, ending)
+
+    def _on_exit(self, connection: Connection) -> None:
+        self._lifecycle.end(Ending("the host said exit", 0 if connection.shut_down else 1))
+
+    async def _drain(self, connection: Connection) -> Ending:
+        """Wait for a reason to end; then let the accepted requests end, by themselves or cancelled."""
+        ending = await self._lifecycle.wait()
+        if ending.grace:
+            with anyio.move_on_after(self._settings.eof_grace_seconds):
+                await self._settled_or_hurried(connection, ending)
+        connection.cancel_all()
+        with anyio.move_on_after(_CANCEL_SECONDS):
+            await connection.settled()
+        return await self._lifecycle.wait()
+
+    async def _settled_or_hurried(self, connection: Connection, ending: Ending) -> None:
+        async with anyio.create_task_group() as race:
+
+            async def stop_on_hurry() -> None:
+                await self._lifecycle.wait(beyond=ending)
+                race.cancel_scope.cancel()
+
+            race.start_soon(stop_on_hurry)
+            await connection.settled()
+            race.cancel_scope.cancel()
 
 
 def _hand_over(emissions: list[Emission]) -> None:
     for emission in emissions:
         emission.sequence.on_emission(emission)
-
-
-def _exit(lifecycle: Lifecycle, connection: Connection) -> None:
-    lifecycle.end(Ending("the host said exit", 0 if connection.shut_down else 1))
-
-
-async def _drain(connection: Connection, lifecycle: Lifecycle, grace_seconds: float) -> Ending:
-    """Wait for a reason to end; then let the accepted requests end, by themselves or cancelled."""
-    ending = await lifecycle.wait()
-    if ending.grace:
-        with anyio.move_on_after(grace_seconds):
-            async with anyio.create_task_group() as race:
-
-                async def stop_on_haste() -> None:
-                    nonlocal ending
-                    ending = await lifecycle.wait(beyond=ending)
-                    race.cancel_scope.cancel()
-
-                race.start_soon(stop_on_haste)
-                await connection.settled()
-                race.cancel_scope.cancel()
-    connection.cancel_all()
-    with anyio.move_on_after(_CANCEL_SECONDS):
-        await connection.settled()
-    return ending

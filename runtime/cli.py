@@ -29,7 +29,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx-sidecar", description="A JSON-RPC sidecar runtime for MLX.")
     parser.add_argument("--version", action="version", version=version("mlx-sidecar"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    serve = commands.add_parser("serve", help="serve the process that started this one, over stdin and stdout")
+    serve = commands.add_parser(
+        "serve", help="serve the process that started this one, over stdin and stdout"
+    )
     serve.add_argument(
         "--log-level",
         choices=get_args(LogLevel),

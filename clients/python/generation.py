@@ -12,27 +12,21 @@ from .connection import Connection, Pending
 
 
 class Generation:
-    """Iterate over its parts, once, or await `text()` or `result()`.
+    """Iterate over its parts, once, or await `text()` or `result()`; the request is sent when you first do.
 
     Use it as `async with` to have it cancelled when the block is left early.
     """
 
-    def __init__(self, connection: Connection, token: str) -> None:
+    def __init__(self, connection: Connection, token: str, params: dict[str, object]) -> None:
         self._connection = connection
         self._token = token
+        self._params = params
         self._pending: Pending | None = None
-        self._params: object = None
         self._parts: deque[GenerateProgress] = deque()
         self._news = anyio.Event()
 
-    async def start(self, params: dict[str, object]) -> None:
-        """Send the request."""
-        self._connection.listen(self._token, self._on_progress)
-        self._pending = await self._connection.send(
-            "generate", params | {"partialResultToken": self._token}
-        )
-
     async def __aenter__(self) -> "Generation":
+        await self._sent()
         return self
 
     async def __aexit__(
@@ -45,11 +39,12 @@ class Generation:
         return self
 
     async def __anext__(self) -> GenerateProgress:
+        pending = await self._sent()
         while not self._parts:
-            if self._request.answered.is_set():
+            if pending.answered.is_set():
                 await self.result()
                 raise StopAsyncIteration
-            await self._something_new()
+            await self._something_new(pending)
         return self._parts.popleft()
 
     async def text(self) -> str:
@@ -63,31 +58,35 @@ class Generation:
             SidecarRequestError: the server refused or failed the request.
             SidecarExited: the process ended under it.
         """
+        pending = await self._sent()
         try:
-            return msgspec.json.decode(await self._request.result(), type=GenerateResult)
+            return msgspec.json.decode(await pending.result(), type=GenerateResult)
         finally:
             self._connection.listen(self._token, None)
 
     async def cancel(self) -> None:
         """End the generation on the server; `result` then says "cancelled". Nothing if it has ended."""
-        if not self._request.answered.is_set():
-            await self._connection.notify("$/cancelRequest", {"id": self._request.id})
+        pending = await self._sent()
+        if not pending.answered.is_set():
+            await self._connection.notify("$/cancelRequest", {"id": pending.id})
 
-    @property
-    def _request(self) -> Pending:
-        assert self._pending is not None
+    async def _sent(self) -> Pending:
+        if self._pending is None:
+            self._connection.listen(self._token, self._on_progress)
+            params = self._params | {"partialResultToken": self._token}
+            self._pending = await self._connection.send("generate", params)
         return self._pending
 
     def _on_progress(self, part: GenerateProgress) -> None:
         self._parts.append(part)
         self._news.set()
 
-    async def _something_new(self) -> None:
+    async def _something_new(self, pending: Pending) -> None:
         self._news = anyio.Event()
         async with anyio.create_task_group() as race:
 
             async def wait_for_end() -> None:
-                await self._request.answered.wait()
+                await pending.answered.wait()
                 self._news.set()
 
             race.start_soon(wait_for_end)

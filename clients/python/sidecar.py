@@ -1,8 +1,8 @@
 """The sidecar as an object: a process, and a method for every request."""
 
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import anyio
@@ -38,7 +38,7 @@ class Sidecar:
     @asynccontextmanager
     async def spawn(
         cls, command: Sequence[str] = DEFAULT_COMMAND, env: Mapping[str, str] | None = None
-    ) -> AsyncIterator["Sidecar"]:
+    ) -> AsyncGenerator["Sidecar"]:
         """Start a sidecar, wait until it answers, and end it when the block is left.
 
         Raises:
@@ -49,24 +49,22 @@ class Sidecar:
             process = await anyio.open_process(list(command), env=env)
         except OSError as error:
             raise SidecarNotStarted(
-                f"{command[0]} could not be started ({error.strerror}). Install the package, or pass `command`."
+                f"{command[0]} could not be started ({error.strerror}). Install it, or pass `command`."
             ) from error
         assert process.stdin is not None
         connection = Connection(process.stdin)
-        async with AsyncExitStack() as stack:
-            tasks = await stack.enter_async_context(anyio.create_task_group())
-            stack.push_async_callback(_end, connection, process)
+        # Raised outside the task group, which would wrap it in an ExceptionGroup that nobody expects.
+        failure: Exception | None = None
+        async with anyio.create_task_group() as tasks:
             tasks.start_soon(_read, connection, process)
-            pending = await connection.send(
-                "initialize",
-                {
-                    "protocolVersion": m.PROTOCOL_VERSION,
-                    "clientInfo": {"name": "mlx-sidecar-python"},
-                    "processId": os.getpid(),
-                },
-            )
-            info = msgspec.json.decode(await pending.result(), type=m.InitializeResult)
-            yield cls(connection, process, info)
+            try:
+                yield cls(connection, process, await _initialize(connection))
+            except Exception as error:
+                failure = error
+            finally:
+                await _end(connection, process)
+        if failure is not None:
+            raise failure
 
     @property
     def process_id(self) -> int:
@@ -85,12 +83,10 @@ class Sidecar:
         """Return the models in memory."""
         return (await self._request("models", {}, m.ModelsResult)).models
 
-    async def generate(self, model: str, **params: Any) -> Generation:
-        """Start generating and return the answer, to be iterated over as it grows."""
+    def generate(self, model: str, **params: Any) -> Generation:
+        """Return an answer to be iterated over as it grows."""
         self._generations += 1
-        generation = Generation(self._connection, f"generate-{self._generations}")
-        await generation.start({"model": model, **params})
-        return generation
+        return Generation(self._connection, f"generate-{self._generations}", {"model": model, **params})
 
     async def tokenize(self, model: str, **params: Any) -> list[int]:
         """Return the ids of `text` or `messages`."""
@@ -125,6 +121,16 @@ class Sidecar:
             raise
 
 
+async def _initialize(connection: Connection) -> m.InitializeResult:
+    params = {
+        "protocolVersion": m.PROTOCOL_VERSION,
+        "clientInfo": {"name": "mlx-sidecar-python"},
+        "processId": os.getpid(),
+    }
+    pending = await connection.send("initialize", params)
+    return msgspec.json.decode(await pending.result(), type=m.InitializeResult)
+
+
 async def _read(connection: Connection, process: Process) -> None:
     assert process.stdout is not None
     assert process.stderr is not None
@@ -144,7 +150,7 @@ async def _read(connection: Connection, process: Process) -> None:
 
 
 async def _end(connection: Connection, process: Process) -> None:
-    """Ask by `shutdown` and `exit`, then by closing stdin, by SIGTERM, by SIGKILL; return when it has ended."""
+    """Ask by `shutdown` and `exit`, by closing stdin, by SIGTERM, by SIGKILL; return when it has ended."""
     with anyio.CancelScope(shield=True):
         with anyio.move_on_after(_PATIENCE_SECONDS):
             pending = await connection.send("shutdown", {})

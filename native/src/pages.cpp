@@ -19,9 +19,7 @@
 namespace mlx_sidecar {
 namespace {
 
-[[noreturn]] void fail(const char* what) {
-  throw std::system_error(errno, std::generic_category(), what);
-}
+[[noreturn]] void fail(const char* what) { throw std::system_error(errno, std::generic_category(), what); }
 
 class File {
  public:
@@ -33,7 +31,7 @@ class File {
   ~File() { ::close(fd_); }
 
   std::uint64_t size() const {
-    struct stat status {};
+    struct stat status{};
     if (::fstat(fd_, &status) != 0) fail("fstat");
     return static_cast<std::uint64_t>(status.st_size);
   }
@@ -80,7 +78,7 @@ FilePages file_pages(const std::string& path) {
 }
 
 ProcessMemory process_memory() {
-  struct rusage usage {};
+  struct rusage usage{};
   if (::getrusage(RUSAGE_SELF, &usage) != 0) fail("getrusage");
 #ifdef __APPLE__
   task_vm_info_data_t info{};

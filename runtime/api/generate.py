@@ -38,10 +38,9 @@ class GenerateApi:
             InvalidParams, ModelNotLoaded, ContextOverflow, Unsupported, InternalError.
         """
         arrived_at = time.monotonic()
-        only_one(
-            "messages", {"messages": params.messages, "prompt": params.prompt, "tokens": params.tokens}
-        )
+        only_one("messages", {"messages": params.messages, "prompt": params.prompt, "tokens": params.tokens})
         self._counters.started += 1
+        result = None
         try:
             # Until there is a sequence, a cancel stops the waiting; afterwards it ends the sequence.
             with anyio.CancelScope() as scope:
@@ -50,11 +49,11 @@ class GenerateApi:
                 with model.in_use():
                     prompt = await self._prompt(params, model)
                     result = await self._answer(params, call, model, prompt, arrived_at)
-            if scope.cancelled_caught:
-                result = _cancelled_before_it_began(arrived_at)
         except Exception:
             self._counters.failed += 1
             raise
+        if result is None:
+            result = _cancelled_before_it_began(arrived_at)
         self._counters.count(result)
         return result
 
@@ -77,7 +76,10 @@ class GenerateApi:
     ) -> m.GenerateResult:
         stops = [params.stop] if isinstance(params.stop, str) else params.stop
         generation = Generation(
-            Answer(model.tokenizer.stream(), stops), arrived_at, _progress_of(params, call), self._engine.cancel
+            Answer(model.tokenizer.stream(), stops),
+            arrived_at,
+            _progress_of(params, call),
+            self._engine.cancel,
         )
         sequence = Sequence(
             model=model.name,

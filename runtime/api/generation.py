@@ -64,9 +64,7 @@ class Generation:
             raise InternalError()
         result = m.GenerateResult(
             finish_reason=self._finish,
-            usage=m.Usage(
-                prompt_tokens=len(sequence.prompt), completion_tokens=self._answer.token_count
-            ),
+            usage=m.Usage(prompt_tokens=len(sequence.prompt), completion_tokens=self._answer.token_count),
             timings=self._timings(sequence),
         )
         if self._give is None:

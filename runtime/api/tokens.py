@@ -39,9 +39,7 @@ class TokensApi:
         check_ids(params.tokens, model)
         with model.in_use():
             text = await to_thread.run_sync(
-                lambda: model.tokenizer.decode(
-                    params.tokens, skip_special_tokens=params.skip_special_tokens
-                ),
+                lambda: model.tokenizer.decode(params.tokens, skip_special_tokens=params.skip_special_tokens),
                 limiter=self._pool,
                 abandon_on_cancel=True,
             )

@@ -4,7 +4,7 @@ import time
 from typing import Any, Protocol
 
 import mlx.core as mx
-import mlx.nn as nn
+from mlx import nn
 from mlx_lm.generate import BatchGenerator, StopSequences
 
 from .sampling import make_processors, make_sampler

@@ -1,17 +1,18 @@
-"""How MLX and mlx-lm come into the process: on the inference thread, and without what a text model never uses.
+"""How MLX and mlx-lm come into the process: on the inference thread, without what a text model never uses.
 
-Importing `mlx_lm` the plain way takes about two seconds: its package body and three modules import transformers
-and huggingface_hub for annotations, for a tokenizer class that we do not use, and for downloads that belong
-to `pull`. Here the package body is not run, and placeholders stand in for the two libraries while mlx-lm's
-modules are imported; afterwards they are gone, and whoever needs the real ones imports them as usual.
+Importing `mlx_lm` the plain way takes about two seconds: its package body and three modules import
+transformers and huggingface_hub for annotations, for a tokenizer class that we do not use, and for downloads
+that belong to `pull`. Here the package body is not run, and placeholders stand in for the two libraries while
+mlx-lm's modules are imported; afterwards they are gone, and who needs the real ones imports them as usual.
 """
 
 import importlib.util
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
@@ -44,7 +45,7 @@ def start_mlx(blas: Blas) -> Device:
         # load the result from a folder in /tmp. It makes decoding no faster.
         mx.disable_compile()
     limit_wired_memory()
-    return Device(kind, mx.__version__, (time.monotonic() - began) * 1000)
+    return Device(kind, version("mlx"), (time.monotonic() - began) * 1000)
 
 
 def limit_wired_memory() -> None:
@@ -78,7 +79,7 @@ def _import_mlx_lm() -> None:
 
 
 @contextmanager
-def _placeholders() -> Iterator[None]:
+def _placeholders() -> Generator[None]:
     absent = [name for name in _PLACEHOLDERS if name not in sys.modules]
     for name in absent:
         module: Any = ModuleType(name)
@@ -102,11 +103,15 @@ class _Placeholder:
 
 
 @contextmanager
-def _file_limit_kept() -> Iterator[None]:
+def _file_limit_kept() -> Generator[None]:
     # mlx_lm.utils lowers the limit of open files, hard limit included, which nobody can undo later.
     real = resource.setrlimit
-    resource.setrlimit = lambda *_: None
+    resource.setrlimit = _ignore
     try:
         yield
     finally:
         resource.setrlimit = real
+
+
+def _ignore(*_: object) -> None:
+    """Do nothing, whatever the arguments."""

@@ -93,7 +93,7 @@ def make_processors(sampling: Sampling, prompt: list[int]) -> list[Processor]:
 
 
 class Penalties:
-    """Repetition penalty over prompt and answer (Keskar et al., 2019); presence and frequency over the answer.
+    """Repetition penalty over prompt and answer (Keskar et al., 2019); the other two over the answer.
 
     Counts live on the device and grow by the newest token of each call.
     """
@@ -105,7 +105,7 @@ class Penalties:
         self._counts: mx.array | None = None
 
     def __call__(self, context: mx.array, logits: mx.array) -> mx.array:
-        """Return logits (1, V) after penalties; `context` holds prompt and answer, one token longer each call."""
+        """Return penalized logits (1, V); `context`, prompt and answer, is one token longer each call."""
         if self._in_prompt is None or self._counts is None:
             zeros = mx.zeros((logits.shape[-1],), dtype=mx.float32)
             self._in_prompt = zeros.at[mx.array(self._prompt)].add(1.0) > 0

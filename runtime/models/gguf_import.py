@@ -135,14 +135,14 @@ def _llama3_scaling(meta: dict[str, Any], factors: mx.array) -> dict[str, Any]:
     original = 8192
     dimensions = 2 * factors.size
     wavelengths = 2 * mx.pi * theta ** (mx.arange(0, dimensions, 2) / dimensions)
-    factor = float(mx.max(factors).item())
+    factor: Any = mx.max(factors).item()
     smooth = mx.clip((original / wavelengths - 1) / 3, 0, 1)
     expected = 1 / ((1 - smooth) / factor + smooth)
     if not mx.allclose(expected, factors.astype(mx.float32), rtol=1e-3).item():
         raise GgufError(f"tensor {_ROPE_FACTORS!r} does not hold the rotary factors of a Llama 3 model")
     return {
         "rope_type": "llama3",
-        "factor": factor,
+        "factor": float(factor),
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": original,
@@ -199,7 +199,7 @@ def _parts(tensor: GgufTensor, arrays: Arrays) -> Iterator[tuple[str, mx.array]]
 
 
 def _target(name: str) -> tuple[str, str]:
-    """Return the GGUF stem and the mlx-lm module of a tensor: blk.3.attn_q.weight -> attn_q, model.layers.3..."""
+    """Return GGUF stem and mlx-lm module of a tensor: blk.3.attn_q.weight -> attn_q, model.layers.3...."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if match is None or match[2] not in _NAMES:
         raise GgufError(f"tensor {name!r} has no place in a llama model")
@@ -208,7 +208,7 @@ def _target(name: str) -> tuple[str, str]:
 
 
 def _unpermute(array: mx.array, heads: int) -> mx.array:
-    """Undo the row order of GGUF's q and k: there each head interleaves the two halves of its rotary pairs."""
+    """Undo the row order of GGUF's q and k: there each head interleaves the halves of its rotary pairs."""
     rows, rest = array.shape[0], array.shape[1:]
     return array.reshape(heads, rows // heads // 2, 2, *rest).swapaxes(1, 2).reshape(rows, *rest)
 

@@ -44,7 +44,7 @@ def build_tokenizer(metadata: Metadata) -> tuple[Tokenizer, Metadata]:
 
 
 def _byte_level(tokens: list[str], metadata: Metadata) -> Tokenizer:
-    pre = metadata.get("tokenizer.ggml.pre")
+    pre = str(metadata.get("tokenizer.ggml.pre"))
     if pre not in _PRE_TOKENIZERS:
         known = ", ".join(_PRE_TOKENIZERS)
         raise GgufError(f"its pre-tokenizer is {pre!r}; known ones are {known}")
@@ -72,7 +72,7 @@ def _llama3() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-_PRE_TOKENIZERS: dict[str | None, Callable[[], pre_tokenizers.PreTokenizer]] = {
+_PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "gpt-2": _gpt2,
     "smollm": _smollm,
     "llama-bpe": _llama3,
@@ -84,7 +84,7 @@ def _sentencepiece(tokens: list[str], metadata: Metadata) -> Tokenizer:
     if len(scores) != len(tokens):
         raise GgufError("the vocabulary has no score for every token")
     vocabulary = {token: position for position, token in enumerate(tokens)}
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    unknown = int(metadata.get("tokenizer.ggml.unknown_token_id", 0))
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocabulary,

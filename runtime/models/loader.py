@@ -3,12 +3,12 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
-from mlx_lm.utils import dequantize_model, get_total_parameters, load_model
+import mlx.utils as tree
+import mlx_lm.utils as mlx_lm
+from mlx import nn
 
 from mlx_sidecar.protocol.messages import DtypeRequest
 
@@ -50,9 +50,10 @@ def load_network(folder: Path, dtype: DtypeRequest, device: str) -> Network:
     """
     began = time.monotonic()
     try:
-        module, config = load_model(folder, lazy=True)
+        loaded = cast(Any, mlx_lm.load_model(folder, lazy=True))
     except Exception as error:
         raise LoadError(_explain(error)) from error
+    module, config = loaded
     stored = _stored_dtype(module)
     wanted, reason = _choose_dtype(dtype, stored, device)
     if wanted != stored:
@@ -61,15 +62,14 @@ def load_network(folder: Path, dtype: DtypeRequest, device: str) -> Network:
         mx.eval(module.parameters())
     except Exception as error:
         raise LoadError("its weight files are damaged or incomplete") from error
-    text_config: dict[str, Any] = config.get("text_config") or {}
-    facts: dict[str, Any] = {**text_config, **config}
+    context_length, vocabulary = _sizes(config)
     return Network(
         module=module,
         dtype=wanted,
         reason=reason,
-        parameters=get_total_parameters(module),
-        context_length=int(facts.get("max_position_embeddings") or facts.get("max_sequence_length") or 4096),
-        vocabulary=int(facts["vocab_size"]),
+        parameters=mlx_lm.get_total_parameters(module),
+        context_length=context_length,
+        vocabulary=vocabulary,
         nbytes=sum(array.nbytes for _, array in _arrays(module)),
         load_ms=(time.monotonic() - began) * 1000,
     )
@@ -92,7 +92,7 @@ def warm_up(batch: Batch, device: str) -> float:
 
 
 def _choose_dtype(dtype: DtypeRequest, stored: str, device: str) -> tuple[str, str | None]:
-    if dtype == "stored" or dtype == stored:
+    if dtype in ("stored", stored):
         return stored, f"{_SLOW_ON_CPU}, but {dtype!r} was asked for" if _slow(stored, device) else None
     if dtype != "auto":
         return dtype, f"asked for; the folder holds {stored}"
@@ -101,13 +101,25 @@ def _choose_dtype(dtype: DtypeRequest, stored: str, device: str) -> tuple[str, s
     return stored, None
 
 
+def _sizes(config: dict[str, Any]) -> tuple[int, int]:
+    """Return context length and vocabulary; multimodal models keep them in a config within the config."""
+    facts = cast(dict[str, Any], config.get("text_config") or {}) | config
+    context = facts.get("max_position_embeddings") or facts.get("max_sequence_length")
+    vocabulary = facts.get("vocab_size")
+    if not isinstance(context, int) or not isinstance(vocabulary, int):
+        raise LoadError("its config.json does not give max_position_embeddings and vocab_size as integers")
+    return context, vocabulary
+
+
 def _slow(dtype: str, device: str) -> bool:
     return device == "cpu" and dtype != "float32"
 
 
-def _stored_dtype(module: nn.Module) -> str:
+def _stored_dtype(module: Any) -> str:
     """Return "float16" and the like, or "4-bit" for quantized weights, by what most weights are."""
-    bits = {layer.bits for _, layer in module.named_modules() if isinstance(getattr(layer, "bits", None), int)}
+    bits = {
+        layer.bits for _, layer in module.named_modules() if isinstance(getattr(layer, "bits", None), int)
+    }
     if bits:
         return f"{min(bits)}-bit"
     sizes: dict[str, int] = {}
@@ -117,17 +129,17 @@ def _stored_dtype(module: nn.Module) -> str:
     return max(sizes, key=lambda name: sizes[name])
 
 
-def _convert(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
+def _convert(module: Any, dtype: mx.Dtype) -> nn.Module:
     def convert(array: mx.array) -> mx.array:
         return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
 
     # Scales first: unpacking with float32 scales rounds once, and is five times faster on a CPU.
-    module.update(tree_map(convert, module.parameters()))
-    return dequantize_model(module)
+    module.update(tree.tree_map(convert, module.parameters()))
+    return mlx_lm.dequantize_model(module)
 
 
-def _arrays(module: nn.Module) -> list[tuple[str, mx.array]]:
-    flat: Any = tree_flatten(module.parameters())
+def _arrays(module: Any) -> list[tuple[str, mx.array]]:
+    flat: Any = tree.tree_flatten(module.parameters())
     return flat
 
 

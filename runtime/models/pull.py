@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mlx_sidecar.protocol.errors import SidecarError
 
@@ -116,7 +116,7 @@ def _run_import(source: Path, folder: Path, report: Report) -> None:
 
 
 def _pull_hub(name: str, revision: str | None, report: Report) -> Path:
-    from huggingface_hub import snapshot_download
+    import huggingface_hub
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -126,12 +126,17 @@ def _pull_hub(name: str, revision: str | None, report: Report) -> Path:
     )
 
     report(f"fetching {name} from the hub\n")
+    download = cast(Any, huggingface_hub.snapshot_download)
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+        folder = Path(download(name, revision=revision, allow_patterns=_HUB_FILES))
     except GatedRepoError:
-        raise PullError(f"{name} needs its licence accepted on the hub, and then a token in HF_TOKEN") from None
+        raise PullError(
+            f"{name} needs its licence accepted on the hub, and then a token in HF_TOKEN"
+        ) from None
     except RepositoryNotFoundError:
-        raise PullError(f"the hub has no repository {name}, or it is private and HF_TOKEN is not set") from None
+        raise PullError(
+            f"the hub has no repository {name}, or it is private and HF_TOKEN is not set"
+        ) from None
     except RevisionNotFoundError:
         raise PullError(f"{name} has no revision {revision}") from None
     except LocalEntryNotFoundError:

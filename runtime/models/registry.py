@@ -6,10 +6,11 @@ The networks themselves stay on the inference thread; a name is all that crosses
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
 from anyio import CapacityLimiter, to_thread
@@ -24,6 +25,9 @@ from ..engine.thread import InferenceThread
 from ..text.tokenizer import ModelTokenizer
 from .sources import find_model, weight_files
 from .store import ModelStore
+
+if TYPE_CHECKING:
+    from .loader import Network
 
 log = logging.getLogger("models")
 
@@ -58,7 +62,7 @@ class LoadedModel:
         self._tokenizer, self.result, self.state = tokenizer, result, "ready"
 
     @contextmanager
-    def in_use(self) -> Iterator[None]:
+    def in_use(self) -> Generator[None]:
         """Keep the model from being unloaded while the block runs."""
         self.users += 1
         try:
@@ -199,18 +203,16 @@ class ModelRegistry:
     def _load_network(self, name: str, folder: Path, dtype: m.DtypeRequest, device: str) -> m.LoadResult:
         """Load, warm up and attach; runs on the inference thread."""
         from ..engine.batch import MlxLmBatch
-        from .loader import LoadError, load_network, warm_up
+        from .loader import warm_up
 
-        problem = ""
-        try:
-            network = load_network(folder, dtype, device)
-        except LoadError as error:
-            log.warning("loading %s failed", name, exc_info=error)
-            problem = str(error)
-        if problem:
-            # Raised out here, because inside the block its traceback would keep the half-built network alive.
+        network, problem = _try_to_load(name, folder, dtype, device)
+        if network is None:
             raise InvalidModel(name, problem)
-        chunk = self._settings.prefill_chunk_tokens_cpu if device == "cpu" else self._settings.prefill_chunk_tokens
+        chunk = (
+            self._settings.prefill_chunk_tokens_cpu
+            if device == "cpu"
+            else self._settings.prefill_chunk_tokens
+        )
         batch = MlxLmBatch(
             network.module, max_sequences=self._settings.max_sequences, prefill_chunk_tokens=chunk
         )
@@ -230,6 +232,20 @@ class ModelRegistry:
         if network.reason is not None:
             result.reason = network.reason
         return result
+
+
+def _try_to_load(name: str, folder: Path, dtype: m.DtypeRequest, device: str) -> "tuple[Network | None, str]":
+    """Return the network, or what is wrong with it.
+
+    Not as an exception: its traceback would keep a half-built network alive for as long as it travels.
+    """
+    from .loader import LoadError, load_network
+
+    try:
+        return load_network(folder, dtype, device), ""
+    except LoadError as error:
+        log.warning("loading %s failed", name, exc_info=error)
+        return None, str(error)
 
 
 def _same_dtype(model: LoadedModel, params: m.LoadParams) -> m.LoadResult:

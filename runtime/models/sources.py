@@ -32,7 +32,9 @@ def check_folder(model: str, folder: Path) -> None:
     """Raise InvalidModel, saying what is missing, unless the folder has the files of a model."""
     config = folder / "config.json"
     if not config.is_file():
-        raise InvalidModel(model, "the folder has no config.json; name the folder that holds the model's files")
+        raise InvalidModel(
+            model, "the folder has no config.json; name the folder that holds the model's files"
+        )
     if not weight_files(folder):
         raise InvalidModel(model, "the folder has no model*.safetensors; other weight formats are not loaded")
     if config.stat().st_size > _CONFIG_LIMIT_BYTES:
@@ -62,10 +64,11 @@ def _absolute(model: str) -> Path | None:
 def _in_hub_cache(model: str) -> Path | None:
     if not HUB_ID.fullmatch(model):
         return None
-    from huggingface_hub import snapshot_download
+    import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    download = cast(Any, huggingface_hub.snapshot_download)
     try:
-        return Path(snapshot_download(model, local_files_only=True))
+        return Path(download(model, local_files_only=True))
     except LocalEntryNotFoundError:
         return None

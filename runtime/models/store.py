@@ -5,11 +5,10 @@ half-finished import is never seen and an outdated one is recognised.
 """
 
 import json
-import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,7 +43,7 @@ class ModelStore:
         return folder is not None and (folder / _RECEIPT).read_text() == _receipt(source_sha256)
 
     @contextmanager
-    def adding(self, name: str, source_sha256: str) -> Iterator[Path]:
+    def adding(self, name: str, source_sha256: str) -> Generator[Path]:
         """Give a path to write a model folder at; when the block ends well it becomes the model `name`."""
         self._folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".adding-", dir=self._folder))
@@ -59,8 +58,8 @@ class ModelStore:
     def _replace(self, name: str, made: Path, staging: Path) -> None:
         target = self._folder / name
         if target.exists():
-            os.replace(target, staging / "old")
-        os.replace(made, target)
+            target.rename(staging / "old")
+        made.rename(target)
 
 
 def _receipt(source_sha256: str) -> str:

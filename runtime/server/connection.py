@@ -1,5 +1,6 @@
 """One peer: its frames in, its answers out, its requests in flight."""
 
+import inspect
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -146,7 +147,7 @@ class Connection:
         except Exception as error:
             self._finish(call, _as_sidecar_error(method, error))
             return
-        if isinstance(result, Awaitable):
+        if inspect.isawaitable(result):
             self._tasks.start_soon(self._run, call, method, result)
         else:
             self._finish(call, result)

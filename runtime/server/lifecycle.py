@@ -1,10 +1,10 @@
 """When and how the process ends: the reasons, the watch on the host, the exit codes.
 
-    0      `shutdown` then `exit`, or the end of stdin with nothing lost
-    1      `exit` without `shutdown`, or the host stopped reading
-    2      wrong command line
-    70     the sidecar itself failed
-    128+n  signal n
+0      `shutdown` then `exit`, or the end of stdin with nothing lost
+1      `exit` without `shutdown`, or the host stopped reading
+2      wrong command line
+70     the sidecar itself failed
+128+n  signal n
 """
 
 import os
@@ -59,7 +59,7 @@ async def watch_signals(end: Callable[[Ending], None]) -> None:
 
 
 async def watch_host(process_id: int, end: Callable[[Ending], None]) -> None:
-    """End when the process `process_id` is gone: a wrapper may keep our stdin open after the host has died."""
+    """End when the process `process_id` is gone: a wrapper may hold our stdin open when the host has died."""
     while _is_alive(process_id):
         await anyio.sleep(_HOST_POLL_SECONDS)
     end(HOST_DIED)

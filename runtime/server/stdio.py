@@ -1,7 +1,7 @@
 """The process's own stdin and stdout, claimed for the wire, and the thread that reads.
 
-`claim_stdio` runs before any heavy import. Afterwards descriptor 1 leads to stderr and descriptor 0 to nothing,
-so a print, a C library's banner or a child process can neither write into the wire nor read from it.
+`claim_stdio` runs before any heavy import. Afterwards descriptor 1 leads to stderr and descriptor 0 to
+nothing, so a print, a C library's banner or a child process can neither write into the wire nor read from it.
 """
 
 import fcntl
@@ -43,7 +43,9 @@ class PipeReader:
     `release` has been called for one of them, so a host that floods us fills its own pipe and not our memory.
     """
 
-    def __init__(self, descriptor: int, on_chunk: Callable[[bytes], None], on_end: Callable[[], None]) -> None:
+    def __init__(
+        self, descriptor: int, on_chunk: Callable[[bytes], None], on_end: Callable[[], None]
+    ) -> None:
         self._descriptor = descriptor
         self._on_chunk = on_chunk
         self._on_end = on_end

@@ -10,18 +10,20 @@ class StopStrings:
 
     def __init__(self, stops: list[str]) -> None:
         self._stops = stops
-        self._held = ""
+        self._held: str = ""
 
     def feed(self, text: str) -> tuple[str, bool]:
         """Return the text that is safe to show, and whether a stop string was found behind it."""
         if not self._stops:
             return text, False
         text = self._held + text
-        found = [(start + len(stop), -len(stop)) for stop in self._stops if (start := text.find(stop)) >= 0]
+        starts = ((stop, text.find(stop)) for stop in self._stops)
+        # By their end, and at the same end by their start.
+        found = [(start + len(stop), start) for stop, start in starts if start >= 0]
         if found:
-            end, negative_length = min(found)
+            _, start = min(found)
             self._held = ""
-            return text[: end + negative_length], True
+            return text[:start], True
         keep = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

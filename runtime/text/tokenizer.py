@@ -123,7 +123,8 @@ def _eos_ids(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> froz
     ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         value = _read_json(folder / name).get("eos_token_id")
-        ids.update(value if isinstance(value, list) else [value] if isinstance(value, int) else [])
+        ids.update(cast(list[int], value) if isinstance(value, list) else [])
+        ids.update([value] if isinstance(value, int) else [])
     token = _content(config.get("eos_token"))
     if token is not None and (position := tokenizer.token_to_id(token)) is not None:
         ids.add(position)
