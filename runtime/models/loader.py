@@ -67,7 +67,7 @@ def load_network(folder: Path, dtype: DtypeRequest, device: str) -> Network:
         module=module,
         dtype=wanted,
         reason=reason,
-        parameters=mlx_lm.get_total_parameters(module),
+        parameters=cast(int, mlx_lm.get_total_parameters(module)),
         context_length=context_length,
         vocabulary=vocabulary,
         nbytes=sum(array.nbytes for _, array in _arrays(module)),
