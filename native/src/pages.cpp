@@ -58,26 +58,7 @@ class Mapping {
   void* start_;
 };
 
-}  // namespace
-
-FilePages file_pages(const std::string& path) {
-  const File file(path);
-  const std::uint64_t size = file.size();
-  if (size == 0) return {0, 0};
-  const Mapping mapping(file, size);
-  const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
-#ifdef __APPLE__
-  std::vector<char> flags((size + page - 1) / page);
-#else
-  std::vector<unsigned char> flags((size + page - 1) / page);
-#endif
-  if (::mincore(mapping.start(), size, flags.data()) != 0) fail("mincore");
-  const auto resident = static_cast<std::uint64_t>(
-      std::count_if(flags.begin(), flags.end(), [](auto flag) { return (flag & 1) != 0; }));
-  return {std::min(resident * page, size), size};
-}
-
-ProcessMemory process_memory() {
+ProcessMemory counted_memory() {
   struct rusage usage{};
   if (::getrusage(RUSAGE_SELF, &usage) != 0) fail("getrusage");
 #ifdef __APPLE__
@@ -99,6 +80,31 @@ ProcessMemory process_memory() {
   const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
   return {resident * page, static_cast<std::uint64_t>(usage.ru_maxrss) * 1024};
 #endif
+}
+
+}  // namespace
+
+FilePages file_pages(const std::string& path) {
+  const File file(path);
+  const std::uint64_t size = file.size();
+  if (size == 0) return {0, 0};
+  const Mapping mapping(file, size);
+  const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+#ifdef __APPLE__
+  std::vector<char> flags((size + page - 1) / page);
+#else
+  std::vector<unsigned char> flags((size + page - 1) / page);
+#endif
+  if (::mincore(mapping.start(), size, flags.data()) != 0) fail("mincore");
+  const auto resident = static_cast<std::uint64_t>(
+      std::count_if(flags.begin(), flags.end(), [](auto flag) { return (flag & 1) != 0; }));
+  return {std::min(resident * page, size), size};
+}
+
+ProcessMemory process_memory() {
+  const ProcessMemory memory = counted_memory();
+  // The kernel counts the two apart, and batches its updates: the peak may lag behind.
+  return {memory.resident_bytes, std::max(memory.resident_bytes, memory.peak_resident_bytes)};
 }
 
 }  // namespace mlx_sidecar

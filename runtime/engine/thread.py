@@ -142,9 +142,13 @@ class InferenceThread:
             busy = any(len(batch) for batch in self._batches.values())
             self._last_step_at = (self._last_step_at or time.monotonic()) if busy else None
             self._obey(wait=not busy)
-            for model, batch in list(self._batches.items()):
-                if len(batch):
-                    self._step(model, batch)
+            self._step_all()
+
+    def _step_all(self) -> None:
+        # A function of its own, because its names must not keep a batch alive while the loop waits.
+        for model, batch in list(self._batches.items()):
+            if len(batch):
+                self._step(model, batch)
 
     def _obey(self, *, wait: bool) -> None:
         try:

@@ -22,11 +22,11 @@ from mlx_sidecar.protocol.errors import BackendUnavailable, InvalidModel, Invali
 
 from ..engine.sequence import Sequence
 from ..engine.thread import InferenceThread
-from ..text.tokenizer import ModelTokenizer
 from .sources import find_model, weight_files
 from .store import ModelStore
 
 if TYPE_CHECKING:
+    from ..text.tokenizer import ModelTokenizer
     from .loader import Network
 
 log = logging.getLogger("models")
@@ -46,7 +46,7 @@ class LoadedModel:
         self._tokenizer: ModelTokenizer | None = None
 
     @property
-    def tokenizer(self) -> ModelTokenizer:
+    def tokenizer(self) -> "ModelTokenizer":
         """The tokenizer; there once the model is ready."""
         assert self._tokenizer is not None
         return self._tokenizer
@@ -57,7 +57,7 @@ class LoadedModel:
         assert self.result is not None
         return self.result
 
-    def become_ready(self, tokenizer: ModelTokenizer, result: m.LoadResult) -> None:
+    def become_ready(self, tokenizer: "ModelTokenizer", result: m.LoadResult) -> None:
         """Open the model to requests."""
         self._tokenizer, self.result, self.state = tokenizer, result, "ready"
 
@@ -191,9 +191,9 @@ class ModelRegistry:
         model.become_ready(tokenizer, result)
         log.info("loaded %s as %s in %.0f ms", model.name, result.dtype, result.load_ms)
 
-    async def _load_tokenizer(self, name: str, folder: Path) -> ModelTokenizer:
+    async def _load_tokenizer(self, name: str, folder: Path) -> "ModelTokenizer":
         try:
-            return await to_thread.run_sync(ModelTokenizer, folder, limiter=self._pool)
+            return await to_thread.run_sync(_read_tokenizer, folder, limiter=self._pool)
         except ValueError as error:
             raise InvalidModel(name, str(error)) from error
 
@@ -232,6 +232,13 @@ class ModelRegistry:
         if network.reason is not None:
             result.reason = network.reason
         return result
+
+
+def _read_tokenizer(folder: Path) -> "ModelTokenizer":
+    # Imported here, in the pool: the tokenizers library is not needed to answer `initialize`.
+    from ..text.tokenizer import ModelTokenizer
+
+    return ModelTokenizer(folder)
 
 
 def _try_to_load(name: str, folder: Path, dtype: m.DtypeRequest, device: str) -> "tuple[Network | None, str]":

@@ -1,9 +1,11 @@
 """An answer as it grows: ids in, final pieces of text with their ids out."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .stop_strings import StopStrings
-from .tokenizer import Detokenizer
+
+if TYPE_CHECKING:
+    from .tokenizer import Detokenizer
 
 
 class Piece(NamedTuple):
@@ -16,7 +18,7 @@ class Piece(NamedTuple):
 class Answer:
     """Turns ids into pieces. Ids wait with their text while a character or a stop string is unfinished."""
 
-    def __init__(self, detokenizer: Detokenizer, stops: list[str]) -> None:
+    def __init__(self, detokenizer: "Detokenizer", stops: list[str]) -> None:
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops)
         self._waiting: list[int] = []

@@ -1,0 +1,204 @@
+"""How the process starts, what it imports when, and every way in which it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.wire import COMMAND, Wire
+
+LONG = {"tokens": [1], "maxTokens": 250, "logitBias": {"3": 1000}}
+
+
+def lines(*messages: dict[str, object]) -> bytes:
+    return b"".join(json.dumps({"jsonrpc": "2.0"} | message).encode() + b"\n" for message in messages)
+
+
+def run(
+    stdin: bytes, *arguments: str, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [COMMAND, "serve", *arguments],
+        input=stdin,
+        capture_output=True,
+        check=False,
+        env=os.environ | (env or {}),
+        timeout=100,
+    )
+
+
+def test_initialize_tells_the_version_and_the_limits() -> None:
+    with Wire() as wire:
+        result = wire.initialize()
+        assert result["protocolVersion"] == 1
+        assert result["serverInfo"]["name"] == "mlx-sidecar"
+        assert result["limits"]["maxFrameBytes"] == 64 * 1024 * 1024
+
+
+def test_before_initialize_nothing_heavy_is_imported() -> None:
+    done = run(lines({"id": 1, "method": "ping"}), env={"PYTHONPROFILEIMPORTTIME": "1"})
+    imported = done.stderr.decode()
+    assert "msgspec" in imported
+    for heavy in (
+        "mlx.core",
+        "mlx_lm",
+        "transformers",
+        "tokenizers.tokenizers",
+        "jinja2",
+        "numpy",
+        "huggingface_hub",
+    ):
+        assert f" {heavy}\n" not in imported, heavy
+
+
+def test_a_text_model_is_loaded_and_run_without_transformers_and_without_the_hub(tiny_model: Path) -> None:
+    model = str(tiny_model)
+    chat = [{"role": "user", "content": "hi"}]
+    done = run(
+        lines(
+            {"id": 1, "method": "initialize", "params": {"protocolVersion": 1}},
+            {"id": 2, "method": "load", "params": {"model": model}},
+            {"id": 3, "method": "generate", "params": {"model": model, "messages": chat, "maxTokens": 2}},
+        ),
+        "--eof-grace",
+        "60",
+        env={"PYTHONPROFILEIMPORTTIME": "1"},
+    )
+    assert len(done.stdout.splitlines()) == 3
+    imported = done.stderr.decode()
+    assert " mlx.core\n" in imported
+    for unneeded in ("transformers", "huggingface_hub", "torch", "requests"):
+        assert f" {unneeded}\n" not in imported, unneeded
+
+
+def test_the_end_of_stdin_lets_accepted_requests_end_and_exits_with_0(tiny_model: Path) -> None:
+    done = run(
+        lines(
+            {"id": 1, "method": "initialize", "params": {"protocolVersion": 1}},
+            {"id": 2, "method": "load", "params": {"model": str(tiny_model)}},
+            {"id": 3, "method": "generate", "params": {"model": str(tiny_model), **LONG}},
+        ).rstrip(b"\n"),
+        "--eof-grace",
+        "60",
+    )
+    frames = {frame["id"]: frame for frame in map(json.loads, done.stdout.splitlines())}
+    assert frames[3]["result"]["usage"]["completionTokens"] == 250
+    assert done.returncode == 0
+
+
+def test_after_the_grace_what_still_runs_is_cancelled_and_answered(tiny_model: Path) -> None:
+    requests = [
+        {"id": n, "method": "generate", "params": {"model": str(tiny_model), **LONG}} for n in range(3, 30)
+    ]
+    done = run(
+        lines(
+            {"id": 1, "method": "initialize", "params": {"protocolVersion": 1}},
+            {"id": 2, "method": "load", "params": {"model": str(tiny_model)}},
+            *requests,
+        ),
+        "--eof-grace",
+        "0",
+    )
+    assert done.returncode == 0
+    assert sorted(json.loads(line)["id"] for line in done.stdout.splitlines()) == list(range(1, 30))
+
+
+def test_shutdown_then_exit_is_0_and_requests_in_flight_are_cancelled(tiny_model: Path) -> None:
+    with Wire() as wire:
+        wire.initialize()
+        wire.result("load", model=str(tiny_model))
+        generate = wire.send("generate", model=str(tiny_model), **LONG)
+        assert wire.result("shutdown") is None
+        assert wire.response(generate)["result"]["finishReason"] == "cancelled"
+        assert wire.error("ping")["data"]["kind"] == "shutting_down"
+        wire.notify("exit")
+        assert wire.wait() == 0
+
+
+def test_exit_without_shutdown_is_1() -> None:
+    with Wire() as wire:
+        wire.initialize()
+        wire.notify("exit")
+        assert wire.wait() == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_cancels_answers_and_exits_with_128_plus_its_number(
+    tiny_model: Path, number: signal.Signals
+) -> None:
+    with Wire() as wire:
+        wire.initialize()
+        wire.result("load", model=str(tiny_model))
+        generate = wire.send("generate", model=str(tiny_model), **LONG, partialResultToken="t")
+        while not wire.progress("t"):
+            wire.result("ping")
+        wire.process.send_signal(number)
+        assert wire.response(generate)["result"]["finishReason"] in ("cancelled", "length")
+        assert wire.wait() == 128 + number
+
+
+def test_a_host_that_dies_takes_the_sidecar_with_it_even_if_the_pipe_stays_open(tiny_model: Path) -> None:
+    # The "host" only lends its id; the pipe is ours and stays open, as a wrapper would keep it.
+    host = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with Wire() as wire:
+        wire.result("initialize", protocolVersion=1, processId=host.pid)
+        wire.result("load", model=str(tiny_model))
+        host.communicate(b"\n")
+        assert wire.wait() == 0
+
+
+def test_a_host_that_stops_reading_ends_the_sidecar() -> None:
+    with subprocess.Popen(
+        [COMMAND, "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.close()
+        process.stdin.write(lines({"id": 1, "method": "ping"}))
+        process.stdin.flush()
+        assert process.wait(60) == 1
+        process.stdin.close()
+
+
+def test_a_cancel_during_decode_ends_the_answer_and_frees_the_sequence(
+    tiny_server: Wire, tiny_model: Path
+) -> None:
+    generate = tiny_server.send("generate", model=str(tiny_model), **LONG, partialResultToken="cancelled")
+    while not tiny_server.progress("cancelled"):
+        tiny_server.result("ping")
+    tiny_server.notify("$/cancelRequest", id=generate)
+    result = tiny_server.response(generate)["result"]
+    assert result["finishReason"] == "cancelled"
+    pieces = tiny_server.progress("cancelled")
+    assert result["lastSeq"] == pieces[-1]["seq"]
+    assert result["usage"]["completionTokens"] == sum(len(piece["tokens"]) for piece in pieces) < 250
+    assert tiny_server.result("stats")["engine"]["sequences"] == 0
+
+
+def test_ping_is_answered_while_a_model_loads() -> None:
+    with Wire() as wire:
+        wire.initialize()
+        load = wire.send("load", model="smollm2-135m")
+        assert wire.result("ping")["inFlight"] == 1
+        assert wire.result("models")["models"][0]["state"] == "loading"
+        assert "result" in wire.response(load)
+
+
+def test_without_the_native_module_the_sidecar_runs_and_says_so(tiny_model: Path, tmp_path: Path) -> None:
+    # A module by the same name that cannot be imported stands for one that was never built.
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['mlx_sidecar.native._core'] = None\n")
+    with Wire(env={"PYTHONPATH": str(tmp_path), "MLX_SIDECAR_BLAS": "off"}) as wire:
+        wire.initialize()
+        assert "pages" not in wire.result("load", model=str(tiny_model))
+        wire.result("generate", model=str(tiny_model), tokens=[1], maxTokens=2)
+        native = wire.result("stats")["native"]
+        assert native["pages"] == {"active": False, "reason": "the native module was not built"}
+        assert native["blas"]["active"] is False
+        assert native["blas"]["reason"]
+
+
+def test_wrong_arguments_exit_with_2() -> None:
+    assert run(b"", "--no-such-flag").returncode == 2

@@ -1,0 +1,98 @@
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.tiny_model import make_tiny_model, make_tokenizer
+
+from mlx_sidecar.protocol.errors import Unsupported
+from mlx_sidecar.protocol.messages import Message
+from mlx_sidecar.runtime.text.tokenizer import Detokenizer, ModelTokenizer
+
+TOKENIZER = make_tokenizer()
+IDS = st.lists(st.integers(0, TOKENIZER.get_vocab_size() - 1), max_size=60)
+
+
+def stream(ids: list[int]) -> list[str]:
+    detokenizer = Detokenizer(TOKENIZER)
+    return [*(detokenizer.feed(token) for token in ids), detokenizer.finish()]
+
+
+@given(IDS)
+def test_streamed_text_is_the_text_of_all_ids_less_an_unfinished_character(ids: list[int]) -> None:
+    assert "".join(stream(ids)) == TOKENIZER.decode(ids).rstrip("\ufffd")
+
+
+@given(IDS)
+def test_what_was_given_out_is_a_beginning_of_what_follows(ids: list[int]) -> None:
+    for end in range(len(ids)):
+        given_out = "".join(stream(ids[:end])[:-1])
+        assert TOKENIZER.decode(ids).startswith(given_out)
+
+
+@given(st.text(max_size=20))
+def test_any_text_survives_the_way_there_and_back(text: str) -> None:
+    assert "".join(stream(TOKENIZER.encode(text).ids)) == text
+
+
+def test_a_character_in_several_tokens_is_given_out_whole() -> None:
+    ids = TOKENIZER.encode("a🙂b").ids
+    assert len(ids) > 3
+    assert [piece for piece in stream(ids) if piece] == ["a", "🙂", "b"]
+
+
+def test_an_unfinished_character_at_the_end_is_never_given_out() -> None:
+    ids = TOKENIZER.encode("a🙂").ids
+    assert "".join(stream(ids[:-1])) == "a"
+
+
+def test_special_tokens_are_not_text() -> None:
+    ids = TOKENIZER.encode("a<|end|>b").ids
+    assert "".join(stream(ids)) == "ab"
+
+
+def test_a_folder_gives_encode_decode_template_and_ends(tiny_model: Path) -> None:
+    tokenizer = ModelTokenizer(tiny_model)
+    ids = tokenizer.encode_chat([Message(role="user", content="hello world")])
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "<|user|>hello world<|end|><|assistant|>"
+    assert tokenizer.decode(ids) == "hello world"
+    assert tokenizer.eos_ids == {TOKENIZER.token_to_id("<|end|>")}
+
+
+def test_ends_are_collected_from_every_file_that_names_them(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
+    end = TOKENIZER.token_to_id("<|end|>")
+    assert ModelTokenizer(folder).eos_ids == {3, 4, end}
+
+
+def test_a_template_file_wins_over_the_one_in_the_config(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path)
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    ids = ModelTokenizer(folder).encode_chat([Message(role="user", content="he")])
+    assert ModelTokenizer(folder).decode(ids) == "he!"
+
+
+def test_a_model_without_template_takes_no_messages(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path)
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(Unsupported, match="no chat template"):
+        ModelTokenizer(folder).encode_chat([Message(role="user", content="he")])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer_config.json", "not json"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"chat_template": "{% if %}"}'),
+    ],
+)
+def test_damaged_files_are_named_without_their_path(tmp_path: Path, name: str, content: str) -> None:
+    folder = make_tiny_model(tmp_path)
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match="its ") as caught:
+        ModelTokenizer(folder)
+    assert str(tmp_path) not in str(caught.value)
