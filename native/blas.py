@@ -6,7 +6,6 @@ library of MLX's three CBLAS names in front of it, forwarding to the OpenBLAS th
 """
 
 import ctypes
-import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -103,6 +102,8 @@ def _library(pattern: str) -> Path | None:
 
 
 def _openblas() -> Path | None:
+    import importlib.util
+
     # find_spec and not import: the package's own __init__ costs more than everything here.
     spec = importlib.util.find_spec("scipy_openblas32")
     if spec is None or not spec.submodule_search_locations:

@@ -108,7 +108,7 @@ def decode_params(raw: msgspec.Raw, decode: Callable[[msgspec.Raw], ParamsT]) ->
         InvalidParams: with the path of the parameter that is wrong.
         BadFrame: the JSON inside is broken after all (bad UTF-8 in a string, nesting).
     """
-    if memoryview(raw) == b"null":
+    if bytes(memoryview(raw)[:5]) == b"null":
         raw = msgspec.Raw(b"{}")
     try:
         return decode(raw)

@@ -1,8 +1,10 @@
 """The composition root: the only file that knows every part. It builds them and hands each what it needs."""
 
 import asyncio
+import contextvars
 import logging
 import time
+from collections.abc import Callable
 from functools import partial
 
 import anyio
@@ -53,6 +55,7 @@ class App:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._loop = asyncio.get_running_loop()
+        self._context = contextvars.copy_context()
         self._started_at = time.monotonic()
         self._lifecycle = Lifecycle()
         self._blas, self._pages, self._counters = Blas(), Pages(), Counters()
@@ -104,20 +107,27 @@ class App:
             reader.release()
 
         def on_chunk(chunk: bytes) -> None:
-            self._loop.call_soon_threadsafe(take, chunk)
+            self._post(take, chunk)
 
         def on_end() -> None:
-            self._loop.call_soon_threadsafe(connection.end_input)
+            self._post(connection.end_input)
             self._end_from_thread(INPUT_ENDED)
 
         reader = PipeReader(wire.read, on_chunk, on_end)
         reader.start()
 
     def _deliver(self, emissions: list[Emission]) -> None:
-        self._loop.call_soon_threadsafe(_hand_over, emissions)
+        self._post(_hand_over, emissions)
 
     def _end_from_thread(self, ending: Ending) -> None:
-        self._loop.call_soon_threadsafe(self._lifecycle.end, ending)
+        self._post(self._lifecycle.end, ending)
+
+    def _post(self, callback: Callable[..., object], *args: object) -> None:
+        """Call on the event loop, from another thread.
+
+        In the context of our own task: in the thread's empty one anyio cannot tell which loop it runs on.
+        """
+        self._loop.call_soon_threadsafe(callback, *args, context=self._context)
 
     def _on_exit(self, connection: Connection) -> None:
         self._lifecycle.end(Ending("the host said exit", 0 if connection.shut_down else 1))

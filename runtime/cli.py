@@ -3,13 +3,13 @@
 import argparse
 import os
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn, get_args
 
 import msgspec
 
 from mlx_sidecar.config.settings import LogLevel, Settings, default_home
+from mlx_sidecar.protocol.version import VERSION
 
 INTERNAL_ERROR = 70
 
@@ -27,7 +27,7 @@ def main() -> NoReturn:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx-sidecar", description="A JSON-RPC sidecar runtime for MLX.")
-    parser.add_argument("--version", action="version", version=version("mlx-sidecar"))
+    parser.add_argument("--version", action="version", version=VERSION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = commands.add_parser(
         "serve", help="serve the process that started this one, over stdin and stdout"

@@ -1,6 +1,6 @@
 """generate."""
 
-import secrets
+import os
 import time
 
 import anyio
@@ -123,7 +123,7 @@ def _sampling(params: m.GenerateParams, vocabulary: int) -> Sampling:
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         logit_bias=params.logit_bias,
-        seed=secrets.randbits(53) if params.seed is None else params.seed,
+        seed=int.from_bytes(os.urandom(6)) if params.seed is None else params.seed,
     )
 
 

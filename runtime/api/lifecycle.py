@@ -3,11 +3,11 @@
 import os
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 
 from mlx_sidecar.protocol import messages as m
 from mlx_sidecar.protocol.errors import InvalidParams, InvalidRequest
 from mlx_sidecar.protocol.framing import MAX_INBOUND_FRAME_BYTES
+from mlx_sidecar.protocol.version import VERSION
 
 from ..engine.thread import InferenceThread
 from ..server.connection import Call
@@ -39,7 +39,7 @@ class LifecycleApi:
         self._engine.start()
         return m.InitializeResult(
             protocol_version=m.PROTOCOL_VERSION,
-            server_info=m.ServerInfo(name="mlx-sidecar", version=version("mlx-sidecar")),
+            server_info=m.ServerInfo(name="mlx-sidecar", version=VERSION),
             capabilities={"streaming": True, "cancel": True},
             limits=m.Limits(max_frame_bytes=MAX_INBOUND_FRAME_BYTES),
             instance_id=self._instance_id,

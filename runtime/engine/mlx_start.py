@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +32,8 @@ def start_mlx(blas: Blas) -> Device:
     Raises:
         ImportError: MLX, mlx-lm or their native libraries are missing.
     """
+    from importlib.metadata import version
+
     began = time.monotonic()
     blas.activate()
     import mlx.core as mx

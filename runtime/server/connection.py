@@ -17,7 +17,8 @@ from .outbox import Outbox
 
 log = logging.getLogger("server")
 
-Handler = Callable[[Any, "Call"], Any | Awaitable[Any]]
+Handler = Callable[[Any, "Call"], Any]
+"""Takes decoded params and the call; returns the result, or an awaitable of it."""
 
 
 class Call:
@@ -79,13 +80,11 @@ class Connection:
 
     def feed(self, chunk: bytes) -> None:
         """Take bytes from the peer."""
-        for frame in self._splitter.feed(chunk):
-            self._take(frame)
+        self._take_all(self._splitter.feed(chunk))
 
     def end_input(self) -> None:
         """Take the last frame, if the peer left it without a newline."""
-        for frame in self._splitter.close():
-            self._take(frame)
+        self._take_all(self._splitter.close())
 
     def notify(self, method: str, params: object) -> None:
         """Send a notification."""
@@ -107,6 +106,14 @@ class Connection:
         while self._calls.keys() - ({but.id} if but else set[jsonrpc.RequestId]()):
             self._idle = anyio.Event()
             await self._idle.wait()
+
+    def _take_all(self, frames: list[bytes | FrameTooLarge]) -> None:
+        for frame in frames:
+            try:
+                self._take(frame)
+            except Exception:
+                log.exception("a frame could not be taken")
+                self._refuse(None, errors.InternalError())
 
     def _take(self, frame: bytes | FrameTooLarge) -> None:
         if isinstance(frame, FrameTooLarge):

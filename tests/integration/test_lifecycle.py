@@ -6,14 +6,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.wire import COMMAND, Wire
 
-LONG = {"tokens": [1], "maxTokens": 250, "logitBias": {"3": 1000}}
+LONG: dict[str, Any] = {"tokens": [1], "maxTokens": 250, "logitBias": {"3": 1000}}
 
 
-def lines(*messages: dict[str, object]) -> bytes:
+def lines(*messages: dict[str, Any]) -> bytes:
     return b"".join(json.dumps({"jsonrpc": "2.0"} | message).encode() + b"\n" for message in messages)
 
 
@@ -90,7 +91,7 @@ def test_the_end_of_stdin_lets_accepted_requests_end_and_exits_with_0(tiny_model
 
 
 def test_after_the_grace_what_still_runs_is_cancelled_and_answered(tiny_model: Path) -> None:
-    requests = [
+    requests: list[dict[str, Any]] = [
         {"id": n, "method": "generate", "params": {"model": str(tiny_model), **LONG}} for n in range(3, 30)
     ]
     done = run(

@@ -2,14 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+import safetensors.numpy as safetensors
 from support.tiny_model import make_tiny_model
 from support.wire import Wire
 
-FOREVER = {"tokens": [1], "maxTokens": 250, "logitBias": {"3": 1000}}
+FOREVER: dict[str, Any] = {"tokens": [1], "maxTokens": 250, "logitBias": {"3": 1000}}
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_unload_waits_for_requests_and_force_ends_them(wire: Wire, tmp_path: Pat
 
 def test_two_models_answer_side_by_side(wire: Wire, tmp_path: Path) -> None:
     models = [str(make_tiny_model(tmp_path / str(seed), seed=seed)) for seed in (1, 2)]
-    params = {"tokens": [1, 2, 3], "maxTokens": 20}
+    params: dict[str, Any] = {"tokens": [1, 2, 3], "maxTokens": 20}
     with wire:
         wire.initialize()
         for model in models:
@@ -105,11 +106,11 @@ def test_sixteen_bit_weights_become_float32_on_a_cpu_and_stay_when_asked(wire: W
 
 def test_sharded_weights_are_loaded_whole(wire: Wire, tmp_path: Path) -> None:
     whole, parts = make_tiny_model(tmp_path / "whole"), make_tiny_model(tmp_path / "parts")
-    weights = load_file(parts / "model.safetensors")
+    weights = safetensors.load_file(parts / "model.safetensors")
     names = sorted(weights)
     for number, chosen in enumerate((names[::2], names[1::2]), start=1):
         shard = {name: np.ascontiguousarray(weights[name]) for name in chosen}
-        save_file(shard, parts / f"model-{number:05}-of-00002.safetensors")
+        safetensors.save_file(shard, parts / f"model-{number:05}-of-00002.safetensors")
     (parts / "model.safetensors").unlink()
     with wire:
         wire.initialize()
@@ -122,9 +123,9 @@ def test_sharded_weights_are_loaded_whole(wire: Wire, tmp_path: Path) -> None:
 
 def test_a_missing_tensor_is_an_invalid_model(wire: Wire, tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path)
-    weights = load_file(folder / "model.safetensors")
+    weights = safetensors.load_file(folder / "model.safetensors")
     del weights["model.norm.weight"]
-    save_file(weights, folder / "model.safetensors")
+    safetensors.save_file(weights, folder / "model.safetensors")
     with wire:
         wire.initialize()
         assert wire.error("load", model=str(folder))["data"]["kind"] == "invalid_model"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+import safetensors.numpy as safetensors
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 CONTEXT_LENGTH = 256
@@ -45,7 +45,7 @@ def make_tiny_model(folder: Path, *, dtype: str = "float32", seed: int = 0) -> P
         json.dumps({"eos_token": END, "chat_template": CHAT_TEMPLATE})
     )
     weights = {name: array.astype(dtype) for name, array in _weights(vocabulary, seed).items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "mlx"})
+    safetensors.save_file(weights, folder / "model.safetensors", metadata={"format": "mlx"})
     return folder
 
 

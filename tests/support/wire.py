@@ -142,7 +142,7 @@ class Wire:
 
     def _read_log(self) -> None:
         assert self.process.stderr is not None
-        while chunk := self.process.stderr.read1(65536):
+        while chunk := os.read(self.process.stderr.fileno(), 65536):
             self.stderr += chunk
 
 

@@ -1,10 +1,13 @@
 """The rules of the house that a reader could break without noticing."""
 
 import ast
+import json
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from mlx_sidecar.protocol.version import VERSION
 
 ROOT = Path(__file__).parents[2]
 ROOMS = {
@@ -82,3 +85,8 @@ def test_every_package_says_what_lives_in_it_and_what_does_not(folder: Path) -> 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_module_is_longer_than_600_lines(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 600
+
+
+def test_every_package_has_the_same_version() -> None:
+    npm = json.loads((ROOT / "clients/typescript/package.json").read_text())
+    assert version("mlx-sidecar") == npm["version"] == VERSION

@@ -11,14 +11,17 @@ PROBABILITIES = np.array([0.4, 0.3, 0.15, 0.1, 0.05])
 SCORES = mx.array(np.log(PROBABILITIES))[None]
 
 
+Array = np.ndarray[Any, Any]
+
+
 def kept(scores: mx.array) -> list[int]:
-    values = np.array(scores[0])
+    values: Array = np.array(scores[0])
     return [int(index) for index in np.flatnonzero(values > -np.inf)]
 
 
-def frequencies(sampling: Sampling, draws: int = 4000) -> np.ndarray[Any, Any]:
+def frequencies(sampling: Sampling, draws: int = 4000) -> Array:
     sampler = s.SeededSampler(sampling)
-    tokens = np.array(mx.concatenate([sampler(SCORES) for _ in range(draws)]))
+    tokens: Array = np.array(mx.concatenate([sampler(SCORES) for _ in range(draws)]))
     return np.bincount(tokens, minlength=5) / draws
 
 

@@ -23,7 +23,7 @@ class Peer:
         self._read_end = read_end
 
     def send(self, request_id: int | str | None, method: str, **params: Any) -> None:
-        message = {"jsonrpc": "2.0", "method": method, "params": params}
+        message: dict[str, Any] = {"jsonrpc": "2.0", "method": method, "params": params}
         if request_id is not None:
             message["id"] = request_id
         self.connection.feed(json.dumps(message).encode() + b"\n")
@@ -53,6 +53,13 @@ async def peer(**handlers: Handler) -> AsyncGenerator[Peer]:
     os.close(read_end)
 
 
+def answering(value: object) -> Handler:
+    def answer(_: Any, __: Call) -> object:
+        return value
+
+    return answer
+
+
 async def forever(_: Any, __: Call) -> None:
     await anyio.sleep_forever()
 
@@ -64,7 +71,7 @@ async def test_requests_are_answered_in_whatever_order_they_end() -> None:
         await first_may_end.wait()
         return "first"
 
-    async with peer(models=models, stats=lambda _, __: "second") as host:
+    async with peer(models=models, stats=answering("second")) as host:
         host.send(1, "models")
         host.send(2, "stats")
         first_may_end.set()
@@ -74,7 +81,14 @@ async def test_requests_are_answered_in_whatever_order_they_end() -> None:
 
 async def test_a_handler_that_answers_at_once_is_done_before_the_next_frame() -> None:
     seen: list[str] = []
-    async with peer(models=lambda *_: seen.append("models"), stats=lambda *_: list(seen)) as host:
+
+    def models(_: Any, __: Call) -> None:
+        seen.append("models")
+
+    def stats(_: Any, __: Call) -> list[str]:
+        return list(seen)
+
+    async with peer(models=models, stats=stats) as host:
         host.send(1, "models")
         host.send(2, "stats")
         assert host.answers() == {1: None, 2: ["models"]}
@@ -103,7 +117,7 @@ async def test_a_second_request_with_an_id_in_flight_is_refused_and_the_first_go
 
 
 async def test_an_id_can_be_used_again_after_its_answer() -> None:
-    async with peer(stats=lambda *_: 1) as host:
+    async with peer(stats=answering(1)) as host:
         host.send(1, "stats")
         assert host.connection.in_flight == 0
         host.send(1, "stats")
@@ -128,7 +142,7 @@ async def test_a_cancel_before_the_handler_ran_is_answered_too() -> None:
 
 
 async def test_cancelling_what_is_not_in_flight_does_nothing() -> None:
-    async with peer(stats=lambda *_: 1) as host:
+    async with peer(stats=answering(1)) as host:
         host.send(None, "$/cancelRequest", id=99)
         host.send(1, "stats")
         host.send(None, "$/cancelRequest", id=1)
@@ -151,7 +165,7 @@ async def test_a_handler_may_turn_a_cancel_into_a_result() -> None:
 
 
 async def test_before_initialize_only_the_exempt_methods_answer() -> None:
-    async with peer(models=lambda *_: 1, ping=lambda *_: "pong") as host:
+    async with peer(models=answering(1), ping=answering("pong")) as host:
         host.connection.initialized = False
         host.send(1, "models")
         host.send(2, "ping")
@@ -159,14 +173,14 @@ async def test_before_initialize_only_the_exempt_methods_answer() -> None:
 
 
 async def test_after_shutdown_requests_are_refused() -> None:
-    async with peer(ping=lambda *_: 1) as host:
+    async with peer(ping=answering(1)) as host:
         host.connection.shut_down = True
         host.send(1, "ping")
         assert host.answers() == {1: "shutting_down"}
 
 
 async def test_notifications_are_never_answered_whatever_they_say() -> None:
-    async with peer(ping=lambda *_: "pong") as host:
+    async with peer(ping=answering("pong")) as host:
         host.send(None, "ping")
         host.send(None, "no/such/method")
         host.send(None, "$/cancelRequest", wrong=1)
@@ -177,11 +191,12 @@ async def test_notifications_are_never_answered_whatever_they_say() -> None:
 async def test_requests_in_flight_are_answered_when_everything_ends() -> None:
     read_end, write_end = os.pipe()
     outbox = Outbox(write_end, lambda: None)
+    hosts: list[Peer] = []
     async with anyio.create_task_group() as tasks:
         connection = Connection(outbox, tasks, {"models": forever}, lambda _: None)
         connection.initialized = True
-        host = Peer(connection, outbox, read_end)
-        host.send(1, "models")
+        hosts.append(Peer(connection, outbox, read_end))
+        hosts[0].send(1, "models")
         await anyio.lowlevel.checkpoint()
         tasks.cancel_scope.cancel()
-    assert host.answers() == {1: "cancelled"}
+    assert hosts[0].answers() == {1: "cancelled"}
