@@ -56,6 +56,7 @@ format: $(DONE)/install ## rewrite the code in the house style
 bench: $(DONE)/install $(DONE)/typescript $(DONE)/model ## measure; results go to benchmarks/results
 	@$(BIN)/python benchmarks/startup.py
 	@$(BIN)/python benchmarks/single_stream.py
+	@$(BIN)/python benchmarks/blas.py
 
 .PHONY: clean
 clean: ## remove everything that was built here (not the models)

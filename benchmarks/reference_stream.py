@@ -19,6 +19,7 @@ def main() -> None:
     import mlx.core as mx
     import mlx_lm
     import mlx_lm.tokenizer_utils
+
     from mlx_sidecar.runtime.models.loader import load_network
 
     folder = Path(sys.argv[1])

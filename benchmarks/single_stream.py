@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from report import publish
+
 from mlx_sidecar.config.settings import default_home
 from mlx_sidecar.runtime.models.store import ModelStore
-from report import publish
 
 HERE = Path(__file__).parent
 SCRIPTS = Path(sys.executable).parent

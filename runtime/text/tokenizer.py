@@ -31,10 +31,16 @@ class ModelTokenizer:
         config = _read_json(folder / "tokenizer_config.json")
         self._tokenizer = _load(folder)
         self._template = _template(folder, config)
+        self._bos = _content(config.get("bos_token"))
         self.eos_ids = _eos_ids(folder, config, self._tokenizer)
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Return the ids of `text`, with the tokens that the model wants around it if `special_tokens`."""
+        """Return the ids of `text`, with the tokens that the model wants around it if `special_tokens`.
+
+        A text that begins with the beginning-of-sequence token itself does not get a second one.
+        """
+        if self._bos and text.startswith(self._bos):
+            special_tokens = False
         return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
 
     def encode_chat(self, messages: list[Message]) -> list[int]:

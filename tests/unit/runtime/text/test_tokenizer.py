@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_model import make_tiny_model, make_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from mlx_sidecar.protocol.errors import Unsupported
 from mlx_sidecar.protocol.messages import Message
@@ -58,6 +59,18 @@ def test_a_folder_gives_encode_decode_template_and_ends(tiny_model: Path) -> Non
     assert tokenizer.decode(ids, skip_special_tokens=False) == "<|user|>hello world<|end|><|assistant|>"
     assert tokenizer.decode(ids) == "hello world"
     assert tokenizer.eos_ids == {TOKENIZER.token_to_id("<|end|>")}
+
+
+def test_a_prompt_gets_one_beginning_whether_it_brings_it_or_not(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path)
+    with_bos = make_tokenizer()
+    bos = with_bos.token_to_id("<|system|>")
+    with_bos.post_processor = TemplateProcessing(single="<|system|> $A", special_tokens=[("<|system|>", bos)])
+    with_bos.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<|system|>"}}))
+    tokenizer = ModelTokenizer(folder)
+    assert tokenizer.encode("he") == tokenizer.encode("<|system|>he") == [bos, *TOKENIZER.encode("he").ids]
+    assert tokenizer.encode("he", special_tokens=False) == TOKENIZER.encode("he").ids
 
 
 def test_ends_are_collected_from_every_file_that_names_them(tmp_path: Path) -> None:
