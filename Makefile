@@ -35,7 +35,7 @@ test: check $(DONE)/typescript $(DONE)/model ## every check and every test
 	$(call say,"Python tests")
 	@$(BIN)/pytest
 	$(call say,"TypeScript tests")
-	@cd $(TS) && PATH="$(CURDIR)/$(BIN):$$PATH" node --test dist/tests/
+	@cd $(TS) && PATH="$(CURDIR)/$(BIN):$$PATH" node --test dist/tests/*.test.js
 
 .PHONY: check
 check: $(DONE)/install $(DONE)/node_modules ## ruff, pyright, tsc, clang-format

@@ -6,6 +6,31 @@ export interface ExitStatus {
   signal: NodeJS.Signals | null;
 }
 
+/** The `error` of a response, as it is on the wire. */
+export interface ErrorObject {
+  code: number;
+  message: string;
+  data?: unknown;
+}
+
+/** What the server can say went wrong; `protocol/errors.py` has the meanings. */
+export type ErrorKind =
+  | "parse_error"
+  | "invalid_request"
+  | "duplicate_id"
+  | "shutting_down"
+  | "method_not_found"
+  | "invalid_params"
+  | "internal_error"
+  | "not_initialized"
+  | "cancelled"
+  | "model_not_found"
+  | "model_not_loaded"
+  | "invalid_model"
+  | "context_overflow"
+  | "unsupported"
+  | "backend_unavailable";
+
 /** Base of everything that this package throws on its own account. */
 export class SidecarError extends Error {
   override name = "SidecarError";
@@ -15,12 +40,13 @@ export class SidecarError extends Error {
 export class SidecarRequestError extends SidecarError {
   override name = "SidecarRequestError";
   readonly code: number;
-  readonly kind: string;
+  /** One of these; a newer server may know more. */
+  readonly kind: ErrorKind | (string & {});
   readonly retryable: boolean;
   /** Everything else that the server said, such as `path` for a wrong parameter. */
   readonly data: Readonly<Record<string, unknown>>;
 
-  constructor(error: { code: number; message: string; data?: unknown }) {
+  constructor(error: ErrorObject) {
     super(error.message);
     const data = typeof error.data === "object" && error.data !== null ? error.data : {};
     this.data = data as Record<string, unknown>;
@@ -44,8 +70,13 @@ export class SidecarExitedError extends SidecarError {
 
   constructor(status: ExitStatus, stderrTail: string) {
     const how = status.signal === null ? `with code ${status.code}` : `by ${status.signal}`;
-    super(`The sidecar ended ${how}.${stderrTail === "" ? "" : ` It last said:\n${stderrTail}`}`);
+    super(`The sidecar ended ${how}.${lastWords(stderrTail)}`);
     this.status = status;
     this.stderrTail = stderrTail;
   }
+}
+
+/** The end of a message that quotes what the process wrote to stderr. */
+export function lastWords(stderrTail: string): string {
+  return stderrTail === "" ? "" : ` It last said:\n${stderrTail}`;
 }

@@ -10,6 +10,14 @@ export type ModelState = "loading" | "ready" | "unloading" | "unloaded";
 export type EngineState = "starting" | "ready" | "failed" | "stopping";
 export type FinishReason = "stop" | "length" | "cancelled";
 
+export interface InitializeParams {
+  protocolVersion: number;
+  clientInfo?: { name: string; version?: string };
+  /** The host's process; the server ends when it is gone. */
+  processId?: number | null;
+  capabilities?: Record<string, unknown>;
+}
+
 export interface InitializeResult {
   protocolVersion: number;
   serverInfo: { name: string; version: string };
@@ -91,7 +99,7 @@ export interface GenerateParams {
   presencePenalty?: number;
   frequencyPenalty?: number;
   logitBias?: Record<number, number>;
-  seed?: number;
+  seed?: number | null;
   stop?: string | string[];
   stopTokenIds?: number[];
   partialResultToken?: string | number;
@@ -173,12 +181,20 @@ export interface StatsResult {
   };
 }
 
+/** `$/cancelRequest`. */
+export interface CancelParams {
+  id: number | string;
+}
+
+/** `$/progress`: `token` is the `partialResultToken` of the request that this belongs to. */
+export interface ProgressParams {
+  token: number | string;
+  value: GenerateProgress;
+}
+
 /** Method name to what it takes and gives. */
 export interface Methods {
-  initialize: {
-    params: { protocolVersion: number; clientInfo?: { name: string; version?: string }; processId?: number };
-    result: InitializeResult;
-  };
+  initialize: { params: InitializeParams; result: InitializeResult };
   ping: { params: Record<string, never>; result: PingResult };
   load: { params: LoadParams; result: LoadResult };
   unload: { params: UnloadParams; result: UnloadResult };

@@ -1,6 +1,6 @@
-import { Connection } from "./connection.js";
-import { SidecarError, SidecarSpawnError, type ExitStatus } from "./errors.js";
-import { Generation, type GenerateOptions } from "./generation.js";
+import { Connection, type RequestOptions } from "./connection.js";
+import { SidecarSpawnError, lastWords, type ExitStatus } from "./errors.js";
+import { Generation } from "./generation.js";
 import { SidecarProcess, within, type ProcessOptions } from "./process.js";
 import {
   PROTOCOL_VERSION,
@@ -28,16 +28,11 @@ export interface SpawnOptions extends ProcessOptions {
   startTimeoutMs?: number;
 }
 
-export interface RequestOptions {
-  /** Aborting cancels the request; its promise rejects with the signal's reason. */
-  signal?: AbortSignal;
-}
-
 /** A sidecar process and the connection to it. While nothing is in flight it does not keep the host alive. */
 export class Sidecar implements AsyncDisposable {
   /** What the server said of itself at the start. */
   readonly info: InitializeResult;
-  /** Settles when the process has ended, however; never rejects. */
+  /** Settles when the process has ended, however; never rejects. Waiting for it does not keep the host alive. */
   readonly exited: Promise<ExitStatus>;
   readonly #process: SidecarProcess;
   readonly #connection: Connection;
@@ -59,23 +54,27 @@ export class Sidecar implements AsyncDisposable {
    */
   static async spawn(options: SpawnOptions = {}): Promise<Sidecar> {
     const child = await SidecarProcess.start(options);
-    const connection = new Connection(child.child.stdout, child.child.stdin, (busy) => child.holdEventLoop(busy));
+    const { stdout, stdin } = child.child;
+    const connection = new Connection(stdout, stdin, (busy) => child.holdEventLoop(busy));
     void child.exited.then((status) => connection.close(child.exitError(status)));
     const { response } = connection.request("initialize", {
       protocolVersion: PROTOCOL_VERSION,
       clientInfo: { name: "mlx-sidecar-typescript" },
       processId: process.pid,
     });
-    const timeout = options.startTimeoutMs ?? START_TIMEOUT_MS;
     try {
-      if (await within(response, timeout)) return new Sidecar(child, connection, await response);
+      const timeout = options.startTimeoutMs ?? START_TIMEOUT_MS;
+      if (!(await within(response, timeout))) {
+        child.child.kill("SIGKILL");
+        throw new SidecarSpawnError(`The sidecar did not answer within ${timeout} ms.${lastWords(child.stderrTail)}`);
+      }
+      const info = await response;
+      connection.maxFrameBytes = info.limits.maxFrameBytes;
+      return new Sidecar(child, connection, info);
     } catch (error) {
       await child.end();
       throw error;
     }
-    response.catch(() => {});
-    child.child.kill("SIGKILL");
-    throw new SidecarSpawnError(`The sidecar did not answer within ${timeout} ms.`);
   }
 
   /** The id of the sidecar's process. */
@@ -94,12 +93,12 @@ export class Sidecar implements AsyncDisposable {
   }
 
   /** The models in memory. */
-  async models(): Promise<ModelInfo[]> {
-    return (await this.#request("models", {})).models;
+  async models(options?: RequestOptions): Promise<ModelInfo[]> {
+    return (await this.#request("models", {}, options)).models;
   }
 
   /** Starts generating at once and returns the answer, to be iterated over as it grows. */
-  generate(params: Omit<GenerateParams, "partialResultToken">, options: GenerateOptions = {}): Generation {
+  generate(params: Omit<GenerateParams, "partialResultToken">, options: RequestOptions = {}): Generation {
     const token = `generate-${++this.#generations}`;
     return new Generation(this.#connection, token, params, options);
   }
@@ -115,13 +114,13 @@ export class Sidecar implements AsyncDisposable {
   }
 
   /** What the sidecar is doing and holding. */
-  stats(): Promise<StatsResult> {
-    return this.#request("stats", {});
+  stats(options?: RequestOptions): Promise<StatsResult> {
+    return this.#request("stats", {}, options);
   }
 
   /** Answers at once, whatever the model is doing. */
-  ping(): Promise<PingResult> {
-    return this.#request("ping", {});
+  ping(options?: RequestOptions): Promise<PingResult> {
+    return this.#request("ping", {}, options);
   }
 
   /** Ends the process in order, by force if it must be; resolves with how it ended. */
@@ -135,10 +134,8 @@ export class Sidecar implements AsyncDisposable {
   }
 
   async #close(): Promise<ExitStatus> {
-    const { response } = this.#connection.request("shutdown", {});
-    const answered = response.catch((error: unknown) => {
-      if (!(error instanceof SidecarError)) throw error;
-    });
+    // It may be gone already, or too busy to answer; it is ended all the same.
+    const answered = this.#request("shutdown", {}).catch(() => {});
     if (await within(answered, SHUTDOWN_TIMEOUT_MS)) this.#connection.notify("exit", {});
     return this.#process.end();
   }
@@ -146,28 +143,8 @@ export class Sidecar implements AsyncDisposable {
   #request<M extends keyof Methods>(
     method: M,
     params: Methods[M]["params"],
-    { signal }: RequestOptions = {},
+    options?: RequestOptions,
   ): Promise<Methods[M]["result"]> {
-    if (signal === undefined) return this.#connection.request(method, params).response;
-    return this.#abortable(method, params, signal);
-  }
-
-  async #abortable<M extends keyof Methods>(
-    method: M,
-    params: Methods[M]["params"],
-    signal: AbortSignal,
-  ): Promise<Methods[M]["result"]> {
-    signal.throwIfAborted();
-    const { id, response } = this.#connection.request(method, params);
-    const cancel = () => this.#connection.notify("$/cancelRequest", { id });
-    signal.addEventListener("abort", cancel, { once: true });
-    try {
-      return await response;
-    } catch (error) {
-      signal.throwIfAborted();
-      throw error;
-    } finally {
-      signal.removeEventListener("abort", cancel);
-    }
+    return this.#connection.request(method, params, options).response;
   }
 }

@@ -1,0 +1,201 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+
+import { SidecarExitedError, SidecarRequestError } from "../src/errors.js";
+import { Generation } from "../src/generation.js";
+import type { GenerateProgress } from "../src/protocol.js";
+import { Wire } from "./wire.js";
+
+const timeout = 10_000;
+const TOKEN = "answer";
+const RESULT = { finishReason: "stop", lastSeq: 3 };
+
+function generate(wire: Wire, signal?: AbortSignal): Generation {
+  return new Generation(wire.connection, TOKEN, { model: "m", prompt: "p" }, signal === undefined ? {} : { signal });
+}
+
+function answer(wire: Wire, parts = ["a", "b", "c"]): void {
+  for (const [index, text] of parts.entries()) wire.progress(TOKEN, index + 1, text);
+  wire.say({ id: 1, result: RESULT });
+}
+
+async function partsOf(generation: AsyncIterable<GenerateProgress>): Promise<string[]> {
+  const parts: string[] = [];
+  for await (const { text } of generation) parts.push(text);
+  return parts;
+}
+
+test("the request goes out at once and asks for progress", () => {
+  const wire = new Wire();
+  generate(wire);
+  assert.deepEqual(
+    wire.sent().map(({ method, params }) => [method, params]),
+    [["generate", { model: "m", prompt: "p", partialResultToken: TOKEN }]],
+  );
+});
+
+test("parts come in order, those from before the loop and those that come during it", { timeout }, async () => {
+  const wire = new Wire();
+  const generation = generate(wire);
+  wire.progress(TOKEN, 1, "early");
+  await wire.caughtUp();
+  const seen: string[] = [];
+  for await (const { text } of generation) {
+    seen.push(text);
+    if (text === "early") wire.progress(TOKEN, 2, "late");
+    if (text === "late") wire.say({ id: 1, result: RESULT });
+  }
+  assert.deepEqual(seen, ["early", "late"]);
+  assert.deepEqual(await generation.result, RESULT);
+});
+
+test("an answer that was complete before the loop began is read in full", { timeout }, async () => {
+  const wire = new Wire();
+  const generation = generate(wire);
+  answer(wire);
+  await generation.result;
+  assert.deepEqual(await partsOf(generation), ["a", "b", "c"]);
+});
+
+test("text is all the parts, and result can be awaited without them", { timeout }, async () => {
+  const wire = new Wire();
+  const generation = generate(wire);
+  answer(wire);
+  assert.equal((await generation.result).lastSeq, 3);
+  assert.equal(await generation.text(), "abc");
+});
+
+test("parts are given once: a second loop is told so instead of getting nothing", { timeout }, async () => {
+  const wire = new Wire();
+  const generation = generate(wire);
+  answer(wire);
+  await partsOf(generation);
+  await assert.rejects(partsOf(generation), TypeError);
+  await assert.rejects(generation.text(), TypeError);
+});
+
+test("a failure comes after the parts before it, once, and is typed", { timeout }, async () => {
+  const wire = new Wire();
+  const generation = generate(wire);
+  wire.progress(TOKEN, 1, "a");
+  wire.say({ id: 1, error: { code: -32603, message: "failed", data: { kind: "internal_error", retryable: true } } });
+  const iterator = generation[Symbol.asyncIterator]();
+  assert.equal((await iterator.next()).value?.text, "a");
+  await assert.rejects(iterator.next(), { name: "SidecarRequestError", kind: "internal_error" });
+  assert.deepEqual(await iterator.next(), { done: true, value: undefined });
+  await assert.rejects(generation.result, SidecarRequestError);
+});
+
+test("the end of the process comes after the parts before it", { timeout }, async () => {
+  const wire = new Wire();
+  const generation = generate(wire);
+  wire.progress(TOKEN, 1, "a");
+  await wire.caughtUp();
+  wire.connection.close(new SidecarExitedError({ code: null, signal: "SIGKILL" }, ""));
+  const iterator = generation[Symbol.asyncIterator]();
+  assert.equal((await iterator.next()).value?.text, "a");
+  await assert.rejects(iterator.next(), SidecarExitedError);
+});
+
+test("leaving the loop cancels once, and result says how it ended", { timeout }, async () => {
+  const wire = new Wire();
+  const generation = generate(wire);
+  wire.progress(TOKEN, 1, "a");
+  for await (const part of generation) {
+    assert.equal(part.text, "a");
+    break;
+  }
+  assert.deepEqual(
+    wire.sent().map(({ method }) => method),
+    ["generate", "$/cancelRequest"],
+  );
+  wire.say({ id: 1, result: { finishReason: "cancelled" } });
+  assert.equal((await generation.result).finishReason, "cancelled");
+});
+
+test("an exception in the loop cancels, and is the one that comes out", { timeout }, async () => {
+  const wire = new Wire();
+  const generation = generate(wire);
+  wire.progress(TOKEN, 1, "a");
+  const consume = async () => {
+    for await (const part of generation) throw new RangeError(part.text);
+  };
+  await assert.rejects(consume(), { name: "RangeError", message: "a" });
+  assert.equal(wire.sent().at(-1)?.method, "$/cancelRequest");
+});
+
+test("a loop that runs to the end cancels nothing", { timeout }, async () => {
+  const wire = new Wire();
+  const generation = generate(wire);
+  answer(wire);
+  await generation.text();
+  generation.cancel();
+  assert.deepEqual(
+    wire.sent().map(({ method }) => method),
+    ["generate"],
+  );
+});
+
+test("cancel ends the loop in order, with what came until then", { timeout }, async () => {
+  const wire = new Wire();
+  const generation = generate(wire);
+  wire.progress(TOKEN, 1, "a");
+  const text = generation.text();
+  generation.cancel();
+  assert.deepEqual(wire.sent().at(-1)?.params, { id: 1 });
+  wire.say({ id: 1, result: { finishReason: "cancelled" } });
+  assert.equal(await text, "a");
+});
+
+test("aborting before it began rejects loop and result with the reason, and sends nothing", { timeout }, async () => {
+  const wire = new Wire();
+  const reason = new Error("no need");
+  const generation = generate(wire, AbortSignal.abort(reason));
+  await assert.rejects(generation.text(), (error) => error === reason);
+  await assert.rejects(generation.result, (error) => error === reason);
+  assert.deepEqual(wire.sent(), []);
+});
+
+test("aborting wakes a loop that waits for a part, and cancels on the server", { timeout }, async () => {
+  const wire = new Wire();
+  const controller = new AbortController();
+  const reason = new Error("changed my mind");
+  const generation = generate(wire, controller.signal);
+  const iterator = generation[Symbol.asyncIterator]();
+  const waiting = iterator.next();
+  controller.abort(reason);
+  await assert.rejects(waiting, (error) => error === reason);
+  await assert.rejects(generation.result, (error) => error === reason);
+  assert.deepEqual(
+    wire.sent().map(({ method }) => method),
+    ["generate", "$/cancelRequest"],
+  );
+});
+
+test("aborting stops the loop also when the whole answer has arrived", { timeout }, async () => {
+  const wire = new Wire();
+  const controller = new AbortController();
+  const generation = generate(wire, controller.signal);
+  answer(wire);
+  await generation.result;
+  const seen: string[] = [];
+  const consume = async () => {
+    for await (const { text } of generation) {
+      seen.push(text);
+      controller.abort();
+    }
+  };
+  await assert.rejects(consume(), { name: "AbortError" });
+  assert.deepEqual(seen, ["a"]);
+  assert.deepEqual(await generation.result, RESULT);
+});
+
+test("progress that comes after the end is not kept", { timeout }, async () => {
+  const wire = new Wire();
+  const generation = generate(wire);
+  answer(wire, ["a"]);
+  await generation.result;
+  wire.progress(TOKEN, 2, "stray");
+  await wire.caughtUp();
+  assert.equal(await generation.text(), "a");
+});
