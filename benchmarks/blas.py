@@ -10,18 +10,25 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from report import publish
 
 from mlx_sidecar.config.settings import default_home
-from mlx_sidecar.native.blas import SWITCH, Blas
+from mlx_sidecar.native.blas import SWITCH, THREADS, Blas
 from mlx_sidecar.runtime.models.store import ModelStore
 
 MODEL = "smollm2-135m"
 PROMPT_TOKENS = 32
 NEW_TOKENS = 6
+SIDES = {
+    "default": {},
+    "a thread on every processor": {THREADS: str(os.cpu_count())},
+    "MLX's own": {SWITCH: "off"},
+}
 
 
 def measure() -> dict[str, float]:
@@ -63,29 +70,46 @@ def measure() -> dict[str, float]:
     }
 
 
-def run_side(switch: str) -> Any:
-    """Measure in a fresh process with the shim on or off."""
+def run_side(environment: dict[str, str]) -> Any:
+    """Measure in a fresh process with these variables set."""
     done = subprocess.run(
         [sys.executable, str(Path(__file__)), "--one"],
-        env=os.environ | {SWITCH: switch},
+        env=os.environ | environment,
         stdout=subprocess.PIPE,
         check=True,
     )
     return json.loads(done.stdout)
 
 
+@contextmanager
+def busy_machine() -> Generator[None]:
+    """Keep every processor busy with something else while the block runs."""
+    spin = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(spin) for _ in range(os.cpu_count() or 1)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
 def main() -> None:
-    """Measure both sides in turn."""
+    """Measure every side in turn, first on a quiet machine and then on a busy one."""
     if sys.argv[1:] == ["--one"]:
         print(json.dumps(measure()))
         return
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-    pairs = [(run_side("on"), run_side("off")) for _ in range(rounds)]
     figures: dict[str, list[float]] = {}
-    for name in pairs[0][0]:
-        figures[f"{name}, OpenBLAS"] = [fast[name] for fast, _ in pairs]
-        figures[f"{name}, MLX's own"] = [slow[name] for _, slow in pairs]
-        figures[f"{name}, ratio"] = [fast[name] / slow[name] for fast, slow in pairs]
+    for condition, context in (("quiet", nullcontext), ("busy", busy_machine)):
+        for _ in range(rounds):
+            with context():
+                sides = {side: run_side(environment) for side, environment in SIDES.items()}
+            for name in sides["default"]:
+                for side, speeds in sides.items():
+                    figures.setdefault(f"{condition}: {name}, {side}", []).append(speeds[name])
+                ratio = sides["default"][name] / sides["MLX's own"][name]
+                figures.setdefault(f"{condition}: {name}, default / MLX's own", []).append(ratio)
     publish("blas", "benchmarks/blas.py", "speeds and ratios", figures)
 
 

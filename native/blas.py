@@ -15,6 +15,9 @@ from pathlib import Path
 SWITCH = "MLX_SIDECAR_BLAS"
 """Environment variable; `off` leaves MLX its own BLAS, for comparisons."""
 
+THREADS = "OPENBLAS_NUM_THREADS"
+"""OpenBLAS's own environment variable; where it is set, it is obeyed."""
+
 _SYMBOL_PREFIX = "scipy_"
 
 
@@ -53,6 +56,8 @@ class Blas:
             return
         self._openblas = ctypes.CDLL(str(openblas))
         self._openblas.scipy_openblas_get_config.restype = ctypes.c_char_p
+        if THREADS not in os.environ:
+            self._openblas.scipy_openblas_set_num_threads(_default_threads())
         self._shim = ctypes.CDLL(str(shim), mode=os.RTLD_GLOBAL)
         self._shim.mlx_sidecar_blas_calls.restype = ctypes.c_ulonglong
         self._reason = "MLX has made no matrix product yet"
@@ -95,6 +100,15 @@ def _obstacle(shim: Path | None, openblas: Path | None) -> str | None:
     if "mlx.core" in sys.modules:
         return "MLX was already loaded"
     return None
+
+
+def _default_threads() -> int:
+    """Return one thread less than there are processors.
+
+    OpenBLAS splits every product evenly and waits for the slowest part. With a thread on each processor, any
+    other busy process makes decoding several times slower than a single thread would be.
+    """
+    return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def _library(pattern: str) -> Path | None:

@@ -59,6 +59,12 @@ def test_calls_are_counted_where_they_arrive() -> None:
 
 
 @linux_only
+def test_one_processor_is_left_to_others_unless_the_user_says_otherwise() -> None:
+    assert products()["report"]["threads"] == max(1, len(os.sched_getaffinity(0)) - 1)
+    assert products(OPENBLAS_NUM_THREADS="2")["report"]["threads"] == 2
+
+
+@linux_only
 def test_switched_off_it_says_so() -> None:
     report = products(MLX_SIDECAR_BLAS="off")["report"]
     assert (report["active"], report["reason"]) == (False, "switched off by MLX_SIDECAR_BLAS=off")
