@@ -10,8 +10,8 @@ _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r"
 
 
-class FrameTooLarge(Exception):
-    """A line grew beyond the limit; it is skipped up to its newline."""
+class FrameTooLarge:
+    """Stands in place of a line that grew beyond the limit and is skipped up to its newline."""
 
 
 class LineSplitter:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Awaitable
 
 import anyio
 from anyio import CapacityLimiter, to_thread
@@ -31,20 +32,25 @@ class GenerateApi:
         self._pool = pool
         self._counters = counters
 
-    async def generate(self, params: m.GenerateParams, call: Call) -> m.GenerateResult:
+    def generate(self, params: m.GenerateParams, call: Call) -> Awaitable[m.GenerateResult]:
         """Answer a prompt, streamed if the request has a `partialResultToken`.
 
         Raises:
             InvalidParams, ModelNotLoaded, ContextOverflow, Unsupported, InternalError.
         """
-        arrived_at = time.monotonic()
         only_one("messages", {"messages": params.messages, "prompt": params.prompt, "tokens": params.tokens})
+        # From now on a cancel ends in a result. Until there is a sequence it stops the waiting.
+        waiting = anyio.CancelScope()
+        call.on_cancel = waiting.cancel
+        return self._generate(params, call, waiting, time.monotonic())
+
+    async def _generate(
+        self, params: m.GenerateParams, call: Call, waiting: anyio.CancelScope, arrived_at: float
+    ) -> m.GenerateResult:
         self._counters.started += 1
         result = None
         try:
-            # Until there is a sequence, a cancel stops the waiting; afterwards it ends the sequence.
-            with anyio.CancelScope() as scope:
-                call.on_cancel = scope.cancel
+            with waiting:
                 model = await self._registry.ready(params.model)
                 with model.in_use():
                     prompt = await self._prompt(params, model)

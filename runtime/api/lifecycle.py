@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from mlx_sidecar.protocol import messages as m
 from mlx_sidecar.protocol.errors import InvalidParams, InvalidRequest
@@ -54,8 +54,9 @@ class LifecycleApi:
             last_step_age_ms=self._engine.last_step_age_ms(),
         )
 
-    async def shutdown(self, _: m.NoParams, call: Call) -> None:
+    def shutdown(self, _: m.NoParams, call: Call) -> Awaitable[None]:
         """Cancel this connection's requests and answer when each has been answered; `exit` comes next."""
+        # At once, and not in the awaitable: what follows in the same write is already too late.
         call.connection.shut_down = True
         call.connection.cancel_all(but=call)
-        await call.connection.settled(but=call)
+        return call.connection.settled(but=call)

@@ -119,6 +119,14 @@ def test_shutdown_then_exit_is_0_and_requests_in_flight_are_cancelled(tiny_model
         assert wire.wait() == 0
 
 
+def test_what_follows_a_shutdown_in_the_same_write_is_refused() -> None:
+    with Wire() as wire:
+        wire.initialize()
+        wire.write(lines({"id": "down", "method": "shutdown"}, {"id": "late", "method": "stats"}))
+        assert wire.response("late")["error"]["data"]["kind"] == "shutting_down"
+        assert wire.response("down")["result"] is None
+
+
 def test_exit_without_shutdown_is_1() -> None:
     with Wire() as wire:
         wire.initialize()
@@ -179,6 +187,21 @@ def test_a_cancel_during_decode_ends_the_answer_and_frees_the_sequence(
     assert tiny_server.result("stats")["engine"]["sequences"] == 0
 
 
+def test_a_cancel_in_the_same_write_as_its_request_still_ends_in_a_result(
+    tiny_server: Wire, tiny_model: Path
+) -> None:
+    params = {"model": str(tiny_model), **LONG}
+    tiny_server.write(
+        lines(
+            {"id": "early", "method": "generate", "params": params},
+            {"method": "$/cancelRequest", "params": {"id": "early"}},
+        )
+    )
+    result = tiny_server.response("early")["result"]
+    assert (result["finishReason"], result["usage"]["completionTokens"]) == ("cancelled", 0)
+    assert tiny_server.result("stats")["engine"]["sequences"] == 0
+
+
 def test_ping_is_answered_while_a_model_loads() -> None:
     with Wire() as wire:
         wire.initialize()
@@ -199,6 +222,18 @@ def test_without_the_native_module_the_sidecar_runs_and_says_so(tiny_model: Path
         assert native["pages"] == {"active": False, "reason": "the native module was not built"}
         assert native["blas"]["active"] is False
         assert native["blas"]["reason"]
+
+
+def test_without_mlx_every_load_says_so_and_everything_else_is_answered(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['mlx.core'] = None\n")
+    with Wire(env={"PYTHONPATH": str(tmp_path)}) as wire:
+        wire.initialize()
+        for _ in range(2):
+            error = wire.error("load", model="smollm2-135m")
+            assert error["data"]["kind"] == "backend_unavailable"
+        assert wire.result("ping")["state"] == "failed"
+        assert "device" not in wire.result("stats")["engine"]
+        assert wire.result("models") == {"models": []}
 
 
 def test_wrong_arguments_exit_with_2() -> None:

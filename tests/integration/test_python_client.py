@@ -6,9 +6,10 @@ from pathlib import Path
 
 import anyio
 import pytest
-from mlx_sidecar.client import Sidecar, SidecarExited, SidecarNotStarted, SidecarRequestError
 from support.tiny_model import make_tokenizer
 from support.wire import COMMAND
+
+from mlx_sidecar.client import Sidecar, SidecarExited, SidecarNotStarted, SidecarRequestError
 
 pytestmark = pytest.mark.anyio
 
@@ -60,13 +61,17 @@ async def test_errors_are_typed_and_the_next_request_works(tiny_model: Path) -> 
 
 
 async def test_an_error_in_the_block_comes_out_as_itself_and_the_process_ends() -> None:
-    process_id = 0
-    with pytest.raises(ZeroDivisionError):
+    process_ids: list[int] = []
+
+    async def fail() -> None:
         async with Sidecar.spawn(SERVE) as sidecar:
-            process_id = sidecar.process_id
+            process_ids.append(sidecar.process_id)
             raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await fail()
     with pytest.raises(ProcessLookupError):
-        os.kill(process_id, 0)
+        os.kill(process_ids[0], 0)
 
 
 async def test_cancelling_the_waiting_task_cancels_the_request(tiny_model: Path) -> None:

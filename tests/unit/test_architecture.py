@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
 from mlx_sidecar.protocol.version import VERSION
 
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,5 @@
 import pytest
+
 from mlx_sidecar.protocol.methods import METHODS, PARAMS_DECODERS
 
 
