@@ -36,7 +36,8 @@ class LifecycleApi:
         call.connection.initialized = True
         if params.process_id is not None:
             self._watch_host(params.process_id)
-        self._engine.start()
+        # Importing MLX takes the interpreter for itself, for longer than this answer may.
+        call.after_answer = self._engine.start
         return m.InitializeResult(
             protocol_version=m.PROTOCOL_VERSION,
             server_info=m.ServerInfo(name="mlx-sidecar", version=VERSION),

@@ -13,6 +13,7 @@ MAX_TENSORS = 65_536
 MAX_METADATA = 65_536
 MAX_ARRAY_ITEMS = 4_000_000
 MAX_STRING_BYTES = 16 * 1024 * 1024
+MAX_NAME_BYTES = 64  # GGML's own limit for the name of a tensor
 
 # GGML type number -> (name, values per block, bytes per block); the ones the import can carry over in full.
 READABLE_TYPES = {
@@ -31,8 +32,8 @@ _OTHER_TYPE_NAMES = {
     35: "TQ2_0", 39: "MXFP4",
 }  # fmt: skip
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
+_STRING, _ARRAY, _FLOAT64 = 8, 9, 12
 
 
 class GgufError(Exception):
@@ -76,10 +77,12 @@ def read_header(path: Path) -> GgufHeader:
         tensor_count = reader.bounded("Q", MAX_TENSORS, "tensors")
         metadata_count = reader.bounded("Q", MAX_METADATA, "metadata entries")
         metadata = {reader.string(): reader.value(reader.scalar("I")) for _ in range(metadata_count)}
+        if len(metadata) != metadata_count:
+            raise GgufError("two metadata entries have the same name")
         tensors = [_tensor(reader) for _ in range(tensor_count)]
-        alignment = int(metadata.get("general.alignment", 32))
-        if alignment <= 0 or alignment > 1 << 20:
-            raise GgufError(f"the alignment {alignment} makes no sense")
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:
+            raise GgufError("general.alignment makes no sense")
         data_start = -(-file.tell() // alignment) * alignment
     for tensor in tensors:
         if data_start + tensor.offset + tensor.nbytes > size:
@@ -90,7 +93,7 @@ def read_header(path: Path) -> GgufHeader:
 
 
 def _tensor(reader: "_Reader") -> GgufTensor:
-    name = reader.string()
+    name = reader.string(MAX_NAME_BYTES)
     dimensions = reader.bounded("I", 8, "dimensions")
     shape = tuple(reader.scalar("Q") for _ in range(dimensions))[::-1]
     number = reader.scalar("I")
@@ -103,7 +106,7 @@ def _tensor(reader: "_Reader") -> GgufTensor:
             f"Types that can: {readable}"
         )
     kind, block, block_bytes = READABLE_TYPES[number]
-    if not shape or shape[-1] % block or prod(shape) > 1 << 48:
+    if not shape or not all(shape) or shape[-1] % block or prod(shape) > 1 << 48:
         raise GgufError(f"tensor {name!r} has shape {shape}, which does not fit its type {kind}")
     return GgufTensor(name, shape, kind, offset, prod(shape) // block * block_bytes)
 
@@ -131,8 +134,8 @@ class _Reader:
             raise GgufError(f"the header claims {count} {what}; the limit is {limit}")
         return count
 
-    def string(self) -> str:
-        length = self.bounded("Q", MAX_STRING_BYTES, "bytes in a string")
+    def string(self, limit: int = MAX_STRING_BYTES) -> str:
+        length = self.bounded("Q", limit, "bytes in a string")
         return self.take(length).decode("utf-8", "replace")
 
     def value(self, kind: int) -> Any:
@@ -140,6 +143,9 @@ class _Reader:
             return self.scalar(_SCALARS[kind])
         if kind == _STRING:
             return self.string()
+        if kind == _FLOAT64:
+            # MLX's reader takes four of its eight bytes, and all that follows for something else.
+            raise GgufError("the metadata has a number of type float64, which MLX cannot read")
         if kind != _ARRAY:
             raise GgufError(f"the metadata has a value of unknown type {kind}")
         item_kind = self.scalar("I")
@@ -148,5 +154,5 @@ class _Reader:
             layout = struct.Struct(f"<{count}{_SCALARS[item_kind]}")
             return list(layout.unpack(self.take(layout.size)))
         if item_kind != _STRING:
-            raise GgufError("the metadata has an array of arrays")
+            raise GgufError(f"the metadata has an array of items of type {item_kind}, which cannot be read")
         return [self.string() for _ in range(count)]

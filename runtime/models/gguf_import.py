@@ -8,37 +8,21 @@ groups of 32. Q4_K and Q6_K become float16.
 """
 
 import json
-import re
+import os
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from .gguf_header import GgufError, GgufHeader, GgufTensor, read_header
+from .gguf_llama import BITS, ROPE_FACTORS, check_tensors, model_config, quantization, rope_scaling, target_of
 from .gguf_tokenizer import build_tokenizer
 
 Arrays = dict[str, mx.array]
 
-_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
-_GROUP = 32
-_ROPE_FACTORS = "rope_freqs.weight"
 _SHARD_BYTES = 4 * 1024**3
 
 
@@ -54,8 +38,12 @@ def import_gguf(source: Path, folder: Path) -> None:
         raise GgufError(f"its architecture is {architecture!r}; the import knows the 'llama' family")
     _say(stage="tensors read", done=0, total=len(header.tensors))
     tokenizer, tokenizer_config = build_tokenizer(header.metadata)
+    config = model_config(header)
+    check_tensors(header.tensors, config)
     arrays = _load(source, header)
-    config = model_config(header, arrays)
+    config["rope_scaling"] = rope_scaling(header.metadata, _factors(arrays))
+    if packed := quantization(header.tensors):
+        config["quantization"] = packed
     weights = _weights(header, arrays, config)
     folder.mkdir(parents=True)
     _write_weights(folder, weights)
@@ -65,92 +53,14 @@ def import_gguf(source: Path, folder: Path) -> None:
     _write_json(folder / "generation_config.json", {"eos_token_id": config["eos_token_id"]})
 
 
-def model_config(header: GgufHeader, arrays: Arrays) -> dict[str, Any]:
-    """Return `config.json` of the model: hyperparameters under their Hugging Face names."""
-    meta = header.metadata
-    shapes = {tensor.name: tensor.shape for tensor in header.tensors}
-
-    def need(key: str) -> Any:
-        if f"llama.{key}" not in meta:
-            raise GgufError(f"the file does not say llama.{key}")
-        return meta[f"llama.{key}"]
-
-    heads = need("attention.head_count")
-    hidden = need("embedding_length")
-    if meta.get("llama.expert_count"):
-        raise GgufError("it is a mixture of experts; the import knows dense llama models only")
-    config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "num_hidden_layers": need("block_count"),
-        "intermediate_size": need("feed_forward_length"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": meta.get("llama.attention.head_count_kv", heads),
-        "head_dim": meta.get("llama.attention.key_length", hidden // heads),
-        "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
-        "vocab_size": shapes["token_embd.weight"][0] if "token_embd.weight" in shapes else 0,
-        "max_position_embeddings": need("context_length"),
-        "rope_theta": meta.get("llama.rope.freq_base", 10000.0),
-        "rope_scaling": _rope_scaling(meta, arrays.get(_ROPE_FACTORS)),
-        "tie_word_embeddings": "output.weight" not in shapes,
-        "attention_bias": "blk.0.attn_q.bias" in shapes,
-        "mlp_bias": "blk.0.ffn_up.bias" in shapes,
-        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": _eos_ids(meta),
-    }
-    if any(isinstance(value, list) for key, value in config.items() if key.startswith("num_")):
-        raise GgufError("its layers differ in their number of heads, which a llama config cannot say")
-    if config["vocab_size"] != len(meta["tokenizer.ggml.tokens"]):
-        raise GgufError("the embedding table and the vocabulary differ in size")
-    if quantization := _quantization(header.tensors):
-        config["quantization"] = quantization
-    return config
-
-
-def _eos_ids(meta: dict[str, Any]) -> list[int]:
-    keys = ("eos", "eot", "eom")
-    ids = [meta.get(f"tokenizer.ggml.{key}_token_id") for key in keys]
-    return list(dict.fromkeys(position for position in ids if position is not None))
-
-
-def _rope_scaling(meta: dict[str, Any], factors: mx.array | None) -> dict[str, Any] | None:
-    kind = meta.get("llama.rope.scaling.type", "none")
-    if factors is not None:
-        return _llama3_scaling(meta, factors)
-    if kind == "none":
-        return None
-    if kind == "linear":
-        return {"type": "linear", "factor": meta.get("llama.rope.scaling.factor", 1.0)}
-    raise GgufError(f"its rotary scaling is {kind!r}; known are 'linear' and the factors of Llama 3")
-
-
-def _llama3_scaling(meta: dict[str, Any], factors: mx.array) -> dict[str, Any]:
-    """Find the Llama 3 parameters that give these factors; they are stored only as their result.
-
-    The formula is that of the Llama 3.1 reference code: wavelengths beyond `original / 1` are stretched by
-    `factor`, those below `original / 4` stay, and between them the two are blended.
-    """
-    theta = meta.get("llama.rope.freq_base", 10000.0)
-    original = 8192
-    dimensions = 2 * factors.size
-    wavelengths = 2 * mx.pi * theta ** (mx.arange(0, dimensions, 2) / dimensions)
-    factor: Any = mx.max(factors).item()
-    smooth = mx.clip((original / wavelengths - 1) / 3, 0, 1)
-    expected = 1 / ((1 - smooth) / factor + smooth)
-    if not mx.allclose(expected, factors.astype(mx.float32), rtol=1e-3).item():
-        raise GgufError(f"tensor {_ROPE_FACTORS!r} does not hold the rotary factors of a Llama 3 model")
-    return {
-        "rope_type": "llama3",
-        "factor": float(factor),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": original,
-    }
+def _factors(arrays: Arrays) -> np.ndarray[Any, Any] | None:
+    return np.array(arrays[ROPE_FACTORS]) if ROPE_FACTORS in arrays else None
 
 
 def _load(source: Path, header: GgufHeader) -> Arrays:
     """Return MLX's view of the file, after checking that it has every tensor that the header lists."""
+    if not os.access(source, os.W_OK):
+        raise GgufError("MLX opens it for writing, though it only reads: make it writable, or import a copy")
     try:
         loaded: Any = mx.load(str(source), format="gguf")
     except (RuntimeError, ValueError) as error:
@@ -160,14 +70,36 @@ def _load(source: Path, header: GgufHeader) -> Arrays:
         array = arrays.get(tensor.name)
         if array is None:
             raise GgufError(f"MLX lost tensor {tensor.name!r} of type {tensor.type}")
-        bits = _BITS.get(tensor.type, 0)
+        bits = BITS.get(tensor.type, 0)
         columns = tensor.shape[-1] * bits // 32 if bits else tensor.shape[-1]
         if array.shape != (*tensor.shape[:-1], columns):
             raise GgufError(f"MLX read tensor {tensor.name!r} of type {tensor.type} in another shape")
-    companions = sum(2 for tensor in header.tensors if tensor.type in _BITS)
+    companions = sum(2 for tensor in header.tensors if tensor.type in BITS)
     if len(arrays) != len(header.tensors) + companions:
         raise GgufError(f"MLX read {len(arrays)} arrays, the header lists {len(header.tensors)} tensors")
+    for tensor in header.tensors:
+        if tensor.type == "Q4_K":
+            arrays[tensor.name] = _q4_k(source, header.data_start, tensor)
     return arrays
+
+
+def _q4_k(source: Path, data_start: int, tensor: GgufTensor) -> mx.array:
+    """Decode a tensor that MLX 0.32 gets wrong: it applies the even groups' scales to the odd groups too.
+
+    A block is two float16 scales, eight pairs of a 6-bit scale and minimum, and eight groups of 32 numbers;
+    two groups share their bytes, the first in the low halves.
+    """
+    size = 144
+    blocks = np.memmap(source, np.uint8, "r", data_start + tensor.offset, (tensor.nbytes // size, size))
+    outer = blocks[:, :4].copy().view("<f2").astype(np.float32)
+    first, second, third = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+    scales = np.concatenate([first & 63, third & 15 | first >> 6 << 4], axis=1)
+    minimums = np.concatenate([second & 63, third >> 4 | second >> 6 << 4], axis=1)
+    packed = blocks[:, 16:].reshape(-1, 4, 1, 32)
+    values = np.concatenate([packed & 15, packed >> 4], axis=2).reshape(-1, 8, 32)
+    decoded = values * (scales * outer[:, :1])[..., None]
+    decoded -= (minimums * outer[:, 1:])[..., None]
+    return mx.array(decoded.astype(np.float16).reshape(tensor.shape))
 
 
 def _weights(header: GgufHeader, arrays: Arrays, config: dict[str, Any]) -> Arrays:
@@ -175,9 +107,9 @@ def _weights(header: GgufHeader, arrays: Arrays, config: dict[str, Any]) -> Arra
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     weights: Arrays = {}
     for count, tensor in enumerate(header.tensors, start=1):
-        if tensor.name == _ROPE_FACTORS:
+        if tensor.name == ROPE_FACTORS:
             continue
-        gguf_stem, target = _target(tensor.name)
+        gguf_stem, target = target_of(tensor.name)
         for name, array in _parts(tensor, arrays):
             value = array
             if gguf_stem in heads:
@@ -193,18 +125,9 @@ def _weights(header: GgufHeader, arrays: Arrays, config: dict[str, Any]) -> Arra
 def _parts(tensor: GgufTensor, arrays: Arrays) -> Iterator[tuple[str, mx.array]]:
     stem, _, suffix = tensor.name.rpartition(".")
     yield suffix, arrays[tensor.name]
-    if tensor.type in _BITS:
+    if tensor.type in BITS:
         for companion in ("scales", "biases"):
             yield companion, arrays[f"{stem}.{companion}"]
-
-
-def _target(name: str) -> tuple[str, str]:
-    """Return GGUF stem and mlx-lm module of a tensor: blk.3.attn_q.weight -> attn_q, model.layers.3...."""
-    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-    if match is None or match[2] not in _NAMES:
-        raise GgufError(f"tensor {name!r} has no place in a llama model")
-    layer, stem, _ = match.groups()
-    return stem, f"model.layers.{layer}.{_NAMES[stem]}" if layer else _NAMES[stem]
 
 
 def _unpermute(array: mx.array, heads: int) -> mx.array:
@@ -217,18 +140,13 @@ def _norms_dtype(header: GgufHeader, arrays: Arrays) -> mx.Dtype:
     """Return float16 if every vector keeps its exact value in it, so that activations can stay 16 bit."""
     if all(tensor.type == "F32" for tensor in header.tensors):
         return mx.float32
-    vectors = [arrays[tensor.name] for tensor in header.tensors if len(tensor.shape) == 1]
+    vectors = [
+        arrays[tensor.name]
+        for tensor in header.tensors
+        if len(tensor.shape) == 1 and tensor.name != ROPE_FACTORS
+    ]
     exact = [mx.all(vector.astype(mx.float16).astype(vector.dtype) == vector) for vector in vectors]
     return mx.float16 if all(flag.item() for flag in exact) else mx.float32
-
-
-def _quantization(tensors: list[GgufTensor]) -> dict[str, Any] | None:
-    bits = {_target(tensor.name)[1]: _BITS[tensor.type] for tensor in tensors if tensor.type in _BITS}
-    if not bits:
-        return None
-    usual, _ = Counter(bits.values()).most_common(1)[0]
-    exceptions = {path: {"group_size": _GROUP, "bits": own} for path, own in bits.items() if own != usual}
-    return {"group_size": _GROUP, "bits": usual, **exceptions}
 
 
 def _write_weights(folder: Path, weights: Arrays) -> None:
@@ -242,7 +160,10 @@ def _write_weights(folder: Path, weights: Arrays) -> None:
         held += array.nbytes
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}" if len(shards) > 1 else "model"
-        mx.save_safetensors(str(folder / f"{name}.safetensors"), shard, {"format": "mlx"})
+        try:
+            mx.save_safetensors(str(folder / f"{name}.safetensors"), shard, {"format": "mlx"})
+        except RuntimeError as error:
+            raise GgufError(f"its weights cannot be written; is the disk full? ({error})") from None
         _say(stage="files written", done=number, total=len(shards))
 
 

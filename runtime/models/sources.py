@@ -10,6 +10,8 @@ from mlx_sidecar.protocol.errors import InvalidModel, ModelNotFound
 from .store import ModelStore
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+# Weights, configuration and text files; never code, pickles or other frameworks' weights.
+HUB_FILES = ["*.json", "model*.safetensors", "*.jinja", "tokenizer.model", "*.tiktoken", "*.txt"]
 
 _CONFIG_LIMIT_BYTES = 16 * 1024 * 1024
 
@@ -65,10 +67,11 @@ def _in_hub_cache(model: str) -> Path | None:
     if not HUB_ID.fullmatch(model):
         return None
     import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     download = cast(Any, huggingface_hub.snapshot_download)
     try:
-        return Path(download(model, local_files_only=True))
-    except LocalEntryNotFoundError:
+        # The same files as in `pull`: the hub's library calls a snapshot without the others incomplete.
+        return Path(download(model, local_files_only=True, allow_patterns=HUB_FILES))
+    except (LocalEntryNotFoundError, HFValidationError):
         return None

@@ -4,19 +4,21 @@ A model appears by one rename, together with a receipt of what it was made from 
 half-finished import is never seen and an outdated one is recognised.
 """
 
+import errno
 import json
 import re
 import shutil
 import tempfile
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 IMPORTER_VERSION = 1
 """Raise when the import writes other files for the same source."""
 
 _RECEIPT = "mlx-sidecar.json"
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}", re.IGNORECASE)
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}", re.IGNORECASE | re.ASCII)
 
 
 def is_store_name(name: str) -> bool:
@@ -40,27 +42,41 @@ class ModelStore:
     def is_current(self, name: str, source_sha256: str) -> bool:
         """Tell whether the model is there, made from this source by this version of the import."""
         folder = self.find(name)
-        return folder is not None and (folder / _RECEIPT).read_text() == _receipt(source_sha256)
+        return folder is not None and (folder / _RECEIPT).read_bytes() == _receipt(source_sha256)
 
     @contextmanager
     def adding(self, name: str, source_sha256: str) -> Generator[Path]:
-        """Give a path to write a model folder at; when the block ends well it becomes the model `name`."""
+        """Give a path to write a model folder at; when the block ends well it becomes the model `name`.
+
+        Raises:
+            ValueError: `name` cannot be a model of the store.
+        """
+        if not is_store_name(name):
+            raise ValueError(f"{name!r} cannot be a model of the store")
         self._folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".adding-", dir=self._folder))
         try:
             made = staging / "model"
             yield made
-            (made / _RECEIPT).write_text(_receipt(source_sha256))
+            (made / _RECEIPT).write_bytes(_receipt(source_sha256))
             self._replace(name, made, staging)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
     def _replace(self, name: str, made: Path, staging: Path) -> None:
         target = self._folder / name
-        if target.exists():
-            target.rename(staging / "old")
-        made.rename(target)
+        for attempt in count():
+            with suppress(FileNotFoundError):
+                target.rename(staging / f"old-{attempt}")
+            try:
+                made.rename(target)
+            except OSError as error:
+                # Somebody else put the same model there in between; then ours replaces theirs.
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            else:
+                return
 
 
-def _receipt(source_sha256: str) -> str:
-    return json.dumps({"sourceSha256": source_sha256, "importer": IMPORTER_VERSION}) + "\n"
+def _receipt(source_sha256: str) -> bytes:
+    return (json.dumps({"sourceSha256": source_sha256, "importer": IMPORTER_VERSION}) + "\n").encode()

@@ -25,7 +25,8 @@ class Call:
     """A request in flight, as its handler sees it.
 
     A cancel stops the handler where it waits, and the answer is the error `cancelled`. A handler that can do
-    better sets `on_cancel` to what should happen instead.
+    better sets `on_cancel` to what should happen instead. `after_answer` is called, on another thread, once
+    the answer has left the process.
     """
 
     def __init__(self, connection: "Connection", request_id: jsonrpc.RequestId) -> None:
@@ -33,6 +34,7 @@ class Call:
         self.id = request_id
         self._scope = anyio.CancelScope()
         self.on_cancel: Callable[[], None] = self._scope.cancel
+        self.after_answer: Callable[[], None] | None = None
 
     def progress(self, token: int | str, value: object) -> None:
         """Send `$/progress` for this call."""
@@ -190,6 +192,8 @@ class Connection:
             self._outbox.send(jsonrpc.encode_error(call.id, outcome.to_wire()))
         else:
             self._outbox.send(jsonrpc.encode_result(call.id, outcome))
+        if call.after_answer is not None:
+            self._outbox.then(call.after_answer)
         self._idle.set()
 
     def _refuse(self, request_id: jsonrpc.RequestId | None, error: errors.SidecarError) -> None:

@@ -23,7 +23,7 @@ class Outbox:
         self._descriptor = descriptor
         self._on_broken = on_broken
         self._turn: list[bytes] = []
-        self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[bytes | Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
 
@@ -32,6 +32,11 @@ class Outbox:
         if not self._turn:
             asyncio.get_running_loop().call_soon(self._end_turn)
         self._turn.append(frame)
+
+    def then(self, callback: Callable[[], None]) -> None:
+        """Call `callback` on the writing thread once everything sent so far has been written."""
+        self._end_turn()
+        self._queue.put(callback)
 
     def close(self, timeout: float) -> None:
         """Write what is queued, for at most `timeout` seconds."""
@@ -46,9 +51,12 @@ class Outbox:
             self._turn = []
 
     def _run(self) -> None:
-        while (data := self._queue.get()) is not None:
+        while (item := self._queue.get()) is not None:
+            if not isinstance(item, bytes):
+                item()
+                continue
             try:
-                _write_all(self._descriptor, data)
+                _write_all(self._descriptor, item)
             except OSError as error:
                 log.info("the host has closed its end (%s)", error.strerror)
                 self._on_broken()

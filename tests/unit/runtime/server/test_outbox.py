@@ -19,6 +19,16 @@ async def test_frames_of_one_turn_go_out_in_order_and_together() -> None:
     outbox.close(10)
 
 
+async def test_a_callback_runs_when_what_was_sent_before_it_has_been_written() -> None:
+    read_end, write_end = os.pipe()
+    outbox = Outbox(write_end, lambda: None)
+    outbox.send(b"answer")
+    outbox.then(lambda: os.close(write_end))
+    assert await anyio.to_thread.run_sync(os.read, read_end, 1000) == b"answer\n"
+    assert await anyio.to_thread.run_sync(os.read, read_end, 1000) == b""
+    outbox.close(10)
+
+
 async def test_close_writes_what_is_queued() -> None:
     read_end, write_end = os.pipe()
     outbox = Outbox(write_end, lambda: None)
