@@ -95,6 +95,8 @@ class GenerateApi:
             stop_token_ids=model.tokenizer.eos_ids | frozenset(params.stop_token_ids),
             on_emission=generation.on_emission,
         )
+        # Whoever was cancelled while waiting never becomes a sequence.
+        await anyio.lowlevel.checkpoint_if_cancelled()
         call.on_cancel = lambda: self._engine.cancel(sequence)
         model.sequences.add(sequence)
         try:
