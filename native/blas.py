@@ -5,12 +5,14 @@ library of MLX's three CBLAS names in front of it, forwarding to the OpenBLAS th
 `scipy-openblas32` ships. Elsewhere MLX has Accelerate or a GPU, and the component stays off.
 """
 
-import ctypes
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import ctypes
 
 SWITCH = "MLX_SIDECAR_BLAS"
 """Environment variable; `off` leaves MLX its own BLAS, for comparisons."""
@@ -21,8 +23,7 @@ THREADS = "OPENBLAS_NUM_THREADS"
 _SYMBOL_PREFIX = "scipy_"
 
 
-@dataclass(frozen=True)
-class BlasReport:
+class BlasReport(NamedTuple):
     """What is true now. `calls` counts matrix products that MLX made through the faster library."""
 
     active: bool
@@ -46,6 +47,8 @@ class Blas:
         if reason := _obstacle(shim, openblas):
             self._reason = reason
             return
+        import ctypes
+
         # Bound while still private: once global, a name that leads nowhere would end the process.
         local = ctypes.CDLL(str(shim), mode=os.RTLD_LOCAL)
         local.mlx_sidecar_blas_error.restype = ctypes.c_char_p

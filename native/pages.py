@@ -6,8 +6,8 @@ knows the peak only.
 
 import resource
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 try:
     from . import _core
@@ -15,8 +15,7 @@ except ImportError:
     _core = None
 
 
-@dataclass(frozen=True)
-class PagesReport:
+class PagesReport(NamedTuple):
     """Whether residency can be told, and how often it was asked."""
 
     active: bool

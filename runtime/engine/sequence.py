@@ -2,15 +2,15 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
+
+from msgspec import Struct, field
 
 EngineState = Literal["starting", "ready", "failed", "stopping"]
 FinishReason = Literal["stop", "length", "cancelled", "failed"]
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
+class Sampling(Struct, frozen=True):
     """How the next token is chosen; see `GenerateParams` for the meaning and order of each part."""
 
     temperature: float = 0.0
@@ -20,12 +20,11 @@ class Sampling:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] = field(default_factory=dict[int, float])
+    logit_bias: dict[int, float] = {}
     seed: int = 0
 
 
-@dataclass(slots=True, eq=False)
-class Sequence:
+class Sequence(Struct, eq=False):
     """One row in a batch: prompt ids, limits, sampling, and the times at which things happened to it.
 
     Times are `time.monotonic()` seconds, written by the inference thread. `on_emission` is called on the

@@ -1,9 +1,10 @@
 """From what a client calls a model to a folder on this machine. Nothing is ever downloaded here."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any, cast
+
+import msgspec
 
 from mlx_sidecar.protocol.errors import InvalidModel, ModelNotFound
 
@@ -42,8 +43,8 @@ def check_folder(model: str, folder: Path) -> None:
     if config.stat().st_size > _CONFIG_LIMIT_BYTES:
         raise InvalidModel(model, "its config.json is too large to be one")
     try:
-        value: Any = json.loads(config.read_bytes())
-    except (ValueError, RecursionError):
+        value: Any = msgspec.json.decode(config.read_bytes())
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         raise InvalidModel(model, "its config.json is not valid JSON") from None
     if not isinstance(value, dict) or not isinstance(cast(dict[str, Any], value).get("model_type"), str):
         raise InvalidModel(model, "its config.json does not name a model_type")

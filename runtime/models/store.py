@@ -5,14 +5,13 @@ half-finished import is never seen and an outdated one is recognised.
 """
 
 import errno
-import json
 import re
-import shutil
-import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+
+import msgspec
 
 IMPORTER_VERSION = 1
 """Raise when the import writes other files for the same source."""
@@ -53,6 +52,10 @@ class ModelStore:
         """
         if not is_store_name(name):
             raise ValueError(f"{name!r} cannot be a model of the store")
+        # Of no use to a server, which only finds.
+        import shutil
+        import tempfile
+
         self._folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".adding-", dir=self._folder))
         try:
@@ -79,4 +82,4 @@ class ModelStore:
 
 
 def _receipt(source_sha256: str) -> bytes:
-    return (json.dumps({"sourceSha256": source_sha256, "importer": IMPORTER_VERSION}) + "\n").encode()
+    return msgspec.json.encode({"sourceSha256": source_sha256, "importer": IMPORTER_VERSION}) + b"\n"

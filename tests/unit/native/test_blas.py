@@ -24,7 +24,7 @@ for m, k, n in ((1, 576, 1536), (7, 33, 5), (128, 576, 192), (3, 1, 3)):
     a, b = mx.random.normal((m, k)), mx.random.normal((k, n))
     results += [a @ b, b.T @ a.T, mx.random.normal((2, m, k)) @ b]
 sums = [r.flatten()[:50].tolist() for r in results]
-print(json.dumps({"report": vars(blas.report()), "sums": sums}))
+print(json.dumps({"report": blas.report()._asdict(), "sums": sums}))
 mx.clear_streams()
 """
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="MLX uses Accelerate on this platform")
