@@ -24,6 +24,7 @@ from .engine.thread import InferenceThread
 from .models.registry import ModelRegistry
 from .models.store import ModelStore
 from .server.connection import Connection, Handler
+from .server.handshake import Greeting
 from .server.lifecycle import INPUT_ENDED, OUTPUT_BROKEN, Ending, Lifecycle, watch_host, watch_signals
 from .server.outbox import Outbox
 from .server.stdio import PipeReader, Wire
@@ -36,14 +37,14 @@ _FLUSH_SECONDS = 2.0
 _ENGINE_STOP_SECONDS = 2.0
 
 
-def serve(settings: Settings, wire: Wire) -> int:
+def serve(settings: Settings, wire: Wire, greeting: Greeting) -> int:
     """Serve the host at the other end of `wire` until one of us ends; return the exit code."""
-    return anyio.run(_serve, settings, wire, backend_options={"use_uvloop": True})
+    return anyio.run(_serve, settings, wire, greeting, backend_options={"use_uvloop": True})
 
 
-async def _serve(settings: Settings, wire: Wire) -> int:
+async def _serve(settings: Settings, wire: Wire, greeting: Greeting) -> int:
     app = App(settings)
-    ending = await app.run(wire)
+    ending = await app.run(wire, greeting)
     log.info("ending: %s", ending.reason)
     app.engine.stop(_ENGINE_STOP_SECONDS)
     return ending.exit_code
@@ -61,29 +62,32 @@ class App:
         self._blas, self._pages, self._counters = Blas(), Pages(), Counters()
         self.engine = InferenceThread(self._deliver, self._blas)
 
-    async def run(self, wire: Wire) -> Ending:
+    async def run(self, wire: Wire, greeting: Greeting) -> Ending:
         """Serve one connection over `wire`; return why it ended, with everything said that had to be."""
         outbox = Outbox(wire.write, partial(self._end_from_thread, OUTPUT_BROKEN))
         # A list, because the block below might as well swallow what would have set a name.
         endings: list[Ending] = []
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(watch_signals, self._lifecycle.end)
-            connection = Connection(outbox, tasks, self._handlers(tasks), self._on_exit)
+            lifecycle = LifecycleApi(self.engine, partial(self._watch, tasks), self._started_at)
+            connection = Connection(outbox, tasks, self._handlers(lifecycle), self._on_exit)
+            if greeting.accepted is not None:
+                lifecycle.opened(connection, greeting.accepted)
+                self.engine.start()
+            connection.feed(greeting.unread)
             self._start_reader(wire, connection)
             endings.append(await self._drain(connection))
             tasks.cancel_scope.cancel()
         outbox.close(_FLUSH_SECONDS)
         return endings[0]
 
-    def _handlers(self, tasks: TaskGroup) -> dict[str, Handler]:
+    def _watch(self, tasks: TaskGroup, process_id: int) -> None:
+        tasks.start_soon(watch_host, process_id, self._lifecycle.end)
+
+    def _handlers(self, lifecycle: LifecycleApi) -> dict[str, Handler]:
         pool = anyio.CapacityLimiter(self._settings.tokenizer_threads)
         store = ModelStore(self._settings.home)
         registry = ModelRegistry(self.engine, store, self._pages, pool, self._settings)
-
-        def watch(process_id: int) -> None:
-            tasks.start_soon(watch_host, process_id, self._lifecycle.end)
-
-        lifecycle = LifecycleApi(self.engine, watch, self._started_at)
         models = ModelsApi(registry)
         tokens = TokensApi(registry, pool)
         return {

@@ -61,13 +61,16 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
     wire = claim_stdio()
     exit_code = INTERNAL_ERROR
     try:
+        from .server.handshake import greet
+
+        greeting = greet(wire)
         from .app import serve
 
         settings = msgspec.structs.replace(
             _DEFAULTS, log_level=arguments.log_level, eof_grace_seconds=arguments.eof_grace
         )
         _start_log(settings.log_level)
-        exit_code = serve(settings, wire)
+        exit_code = serve(settings, wire, greeting)
     except BaseException:
         import traceback
 

@@ -1,16 +1,14 @@
 """initialize, ping, shutdown."""
 
-import os
 import time
 from collections.abc import Awaitable, Callable
 
 from mlx_sidecar.protocol import messages as m
-from mlx_sidecar.protocol.errors import InvalidParams, InvalidRequest
-from mlx_sidecar.protocol.framing import MAX_INBOUND_FRAME_BYTES
-from mlx_sidecar.protocol.version import VERSION
+from mlx_sidecar.protocol.errors import InvalidRequest
 
 from ..engine.thread import InferenceThread
-from ..server.connection import Call
+from ..server.connection import Call, Connection
+from ..server.handshake import accept
 
 
 class LifecycleApi:
@@ -20,7 +18,6 @@ class LifecycleApi:
         self._engine = engine
         self._watch_host = watch_host
         self._started_at = started_at
-        self._instance_id = f"{os.getpid()}-{time.time_ns():x}"
 
     def initialize(self, params: m.InitializeParams, call: Call) -> m.InitializeResult:
         """Open the connection and let MLX begin to load behind the answer.
@@ -31,20 +28,17 @@ class LifecycleApi:
         """
         if call.connection.initialized:
             raise InvalidRequest("This connection is initialized already. Send 'initialize' once.")
-        if params.protocol_version != m.PROTOCOL_VERSION:
-            raise InvalidParams("protocolVersion", f"this server speaks version {m.PROTOCOL_VERSION} only")
-        call.connection.initialized = True
-        if params.process_id is not None:
-            self._watch_host(params.process_id)
+        result = accept(params)
+        self.opened(call.connection, params)
         # Importing MLX takes the interpreter for itself, for longer than this answer may.
         call.after_answer = self._engine.start
-        return m.InitializeResult(
-            protocol_version=m.PROTOCOL_VERSION,
-            server_info=m.ServerInfo(name="mlx-sidecar", version=VERSION),
-            capabilities={"streaming": True, "cancel": True},
-            limits=m.Limits(max_frame_bytes=MAX_INBOUND_FRAME_BYTES),
-            instance_id=self._instance_id,
-        )
+        return result
+
+    def opened(self, connection: Connection, params: m.InitializeParams) -> None:
+        """Note that `initialize` was accepted on this connection."""
+        connection.initialized = True
+        if params.process_id is not None:
+            self._watch_host(params.process_id)
 
     def ping(self, _: m.NoParams, call: Call) -> m.PingResult:
         """Answer at once, whatever the engine is doing."""

@@ -5,10 +5,11 @@ Frames sent in one turn of the event loop go out in one write. Sending never wai
 
 import asyncio
 import logging
-import os
 import queue
 import threading
 from collections.abc import Callable
+
+from .stdio import write_all
 
 log = logging.getLogger("server")
 
@@ -56,14 +57,8 @@ class Outbox:
                 item()
                 continue
             try:
-                _write_all(self._descriptor, item)
+                write_all(self._descriptor, item)
             except OSError as error:
                 log.info("the host has closed its end (%s)", error.strerror)
                 self._on_broken()
                 return
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]

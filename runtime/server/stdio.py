@@ -36,6 +36,13 @@ def claim_stdio() -> Wire:
     return wire
 
 
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write every byte, however many writes that takes."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
 class PipeReader:
     """Reads a descriptor on a thread of its own, with `os.read` and no buffer that could hold bytes back.
 

@@ -55,6 +55,27 @@ def test_before_initialize_nothing_heavy_is_imported() -> None:
         assert f" {heavy}\n" not in imported, heavy
 
 
+def test_a_host_that_speaks_at_once_is_answered_before_the_event_loop_is_imported(tmp_path: Path) -> None:
+    # Without anyio there can be no loop: whatever is answered was answered before it.
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['anyio'] = None\n")
+    request = {"id": 1, "method": "initialize", "params": {"protocolVersion": 1}}
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as host:
+        assert host.stdin is not None
+        host.stdin.write(lines(request))
+        host.stdin.close()
+        host.wait(10)
+        done = subprocess.run(
+            [COMMAND, "serve"],
+            stdin=host.stdout,
+            capture_output=True,
+            check=False,
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            timeout=100,
+        )
+    assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == [1]
+    assert done.returncode == 70
+
+
 def test_a_text_model_is_loaded_and_run_without_transformers_and_without_the_hub(tiny_model: Path) -> None:
     model = str(tiny_model)
     chat = [{"role": "user", "content": "hi"}]
