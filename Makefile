@@ -35,7 +35,7 @@ test: check $(DONE)/typescript $(DONE)/model ## every check and every test
 	$(call say,"Python tests")
 	@$(BIN)/pytest
 	$(call say,"TypeScript tests")
-	@cd $(TS) && PATH="$(CURDIR)/$(BIN):$$PATH" node --test dist/tests/*.test.js
+	@cd $(TS) && PATH="$(CURDIR)/$(BIN):$$PATH" node --test --test-reporter=spec dist/tests/*.test.js
 
 .PHONY: check
 check: $(DONE)/install $(DONE)/node_modules ## ruff, pyright, tsc, clang-format
@@ -70,7 +70,7 @@ $(DONE)/venv:
 
 $(DONE)/install: $(DONE)/venv pyproject.toml setup.py $(wildcard native/src/*.cpp native/include/*/*.hpp)
 	$(call say,"Installing the sidecar and its native module ($(EXTRAS))")
-	@$(BIN)/pip install --disable-pip-version-check --quiet --progress-bar on -e '.[$(EXTRAS)]'
+	@$(BIN)/pip install --disable-pip-version-check -e '.[$(EXTRAS)]'
 	@mkdir -p build/links/mlx_sidecar
 	@for part in runtime protocol config native; do ln -sfn "$(CURDIR)/$$part" build/links/mlx_sidecar/$$part; done
 	@ln -sfn "$(CURDIR)/clients/python" build/links/mlx_sidecar/client

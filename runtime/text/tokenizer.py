@@ -41,7 +41,9 @@ class ModelTokenizer:
         """
         if self._bos and text.startswith(self._bos):
             special_tokens = False
-        return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+        # The batch calls, here and below, let other threads run; the plain ones hold the interpreter throughout.
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special_tokens)
+        return encoding.ids
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
         """Return the ids of the rendered messages; the template has already put the special tokens in.
@@ -56,7 +58,8 @@ class ModelTokenizer:
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        (text,) = self._tokenizer.decode_batch([ids], skip_special_tokens=skip_special_tokens)
+        return text
 
     def stream(self) -> "Detokenizer":
         """Return a fresh incremental decoder."""

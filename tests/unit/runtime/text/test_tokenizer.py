@@ -1,4 +1,5 @@
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,22 @@ def test_a_model_without_template_takes_no_messages(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(Unsupported, match="no chat template"):
         ModelTokenizer(folder).encode_chat([Message(role="user", content="he")])
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_other_threads_run_while_a_long_text_is_worked_on(tiny_model: Path, direction: str) -> None:
+    tokenizer = ModelTokenizer(tiny_model)
+    text = "hello world " * 100_000
+    ids = tokenizer.encode(text)
+    work = threading.Thread(target=tokenizer.encode if direction == "encode" else tokenizer.decode,
+                            args=[text if direction == "encode" else ids])  # fmt: skip
+    turns = 0
+    work.start()
+    while work.is_alive():
+        turns += 1
+        work.join(0.0001)
+    # Held throughout, the interpreter would come back to this loop once or twice.
+    assert turns > 20
 
 
 @pytest.mark.parametrize(
