@@ -41,7 +41,7 @@ class ModelTokenizer:
         """
         if self._bos and text.startswith(self._bos):
             special_tokens = False
-        # The batch calls, here and below, let other threads run; the plain ones hold the interpreter throughout.
+        # The batch calls, here and below, let other threads run; the plain ones hold the interpreter.
         (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special_tokens)
         return encoding.ids
 
