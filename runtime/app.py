@@ -25,7 +25,15 @@ from .models.registry import ModelRegistry
 from .models.store import ModelStore
 from .server.connection import Connection, Handler
 from .server.handshake import Greeting
-from .server.lifecycle import INPUT_ENDED, OUTPUT_BROKEN, Ending, Lifecycle, watch_host, watch_signals
+from .server.lifecycle import (
+    ENGINE_DIED,
+    INPUT_ENDED,
+    OUTPUT_BROKEN,
+    Ending,
+    Lifecycle,
+    watch_host,
+    watch_signals,
+)
 from .server.outbox import Outbox
 from .server.stdio import PipeReader, Wire
 from .telemetry.counters import Counters
@@ -60,13 +68,12 @@ class App:
         self._started_at = time.monotonic()
         self._lifecycle = Lifecycle()
         self._blas, self._pages, self._counters = Blas(), Pages(), Counters()
-        self.engine = InferenceThread(self._deliver, self._blas)
+        self.engine = InferenceThread(self._deliver, partial(self._end_from_thread, ENGINE_DIED), self._blas)
 
     async def run(self, wire: Wire, greeting: Greeting) -> Ending:
         """Serve one connection over `wire`; return why it ended, with everything said that had to be."""
         outbox = Outbox(wire.write, partial(self._end_from_thread, OUTPUT_BROKEN))
-        # A list, because the block below might as well swallow what would have set a name.
-        endings: list[Ending] = []
+        ending: Ending | None = None
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(watch_signals, self._lifecycle.end)
             lifecycle = LifecycleApi(self.engine, partial(self._watch, tasks), self._started_at)
@@ -76,10 +83,11 @@ class App:
                 self.engine.start()
             connection.feed(greeting.unread)
             self._start_reader(wire, connection)
-            endings.append(await self._drain(connection))
+            ending = await self._drain(connection)
             tasks.cancel_scope.cancel()
         outbox.close(_FLUSH_SECONDS)
-        return endings[0]
+        assert ending is not None
+        return ending
 
     def _watch(self, tasks: TaskGroup, process_id: int) -> None:
         tasks.start_soon(watch_host, process_id, self._lifecycle.end)

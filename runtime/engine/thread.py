@@ -30,12 +30,13 @@ log = logging.getLogger("engine")
 class InferenceThread:
     """Runs batches of sequences, round-robin over models, and hands each step's emissions to `deliver`.
 
-    `deliver` is called on this thread and must only pass the list on. The other methods may be called from
-    any thread.
+    `deliver` is called on this thread and must only pass the list on; `on_death` likewise, if the thread ends
+    without having been asked to. The other methods may be called from any thread.
     """
 
-    def __init__(self, deliver: Deliver, blas: Blas) -> None:
+    def __init__(self, deliver: Deliver, on_death: Callable[[], None], blas: Blas) -> None:
         self._deliver = deliver
+        self._on_death = on_death
         self._blas = blas
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._batches: dict[str, Batch] = {}
@@ -113,7 +114,7 @@ class InferenceThread:
 
     def stop(self, timeout: float) -> bool:
         """End the thread after the current step; return whether it ended within `timeout` seconds."""
-        if self._thread.ident is None:
+        if not self._thread.is_alive():
             return True
         self.state = "stopping"
         self._commands.put(lambda: None)
@@ -134,8 +135,14 @@ class InferenceThread:
         log.info("MLX %s is ready on %s after %.0f ms", device.mlx_version, device.kind, device.start_ms)
         try:
             self._loop()
+            for model in list(self._batches):
+                self.detach(model)
+        except Exception:
+            log.critical("the inference thread cannot go on", exc_info=True)
+            self.state = "failed"
+            self._on_death()
         finally:
-            self._close()
+            _clear_streams()
 
     def _loop(self) -> None:
         while self.state != "stopping":
@@ -154,10 +161,19 @@ class InferenceThread:
         try:
             command = self._commands.get(block=wait)
             while True:
-                command()
+                self._obey_one(command)
                 command = self._commands.get_nowait()
         except queue.Empty:
             pass
+
+    def _obey_one(self, command: Callable[[], None]) -> None:
+        try:
+            command()
+        except Exception:
+            # Which batch it has damaged is not known; all start afresh.
+            log.exception("a command failed; every sequence ends")
+            for batch in list(self._batches.values()):
+                self._end(batch.reset(), "failed")
 
     def _step(self, model: str, batch: "Batch") -> None:
         try:
@@ -200,10 +216,9 @@ class InferenceThread:
 
         self.memory = MemoryUse(mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory())
 
-    def _close(self) -> None:
-        import mlx.core as mx
 
-        for model in list(self._batches):
-            self.detach(model)
-        gc.collect()
-        mx.clear_streams()
+def _clear_streams() -> None:
+    import mlx.core as mx
+
+    gc.collect()
+    mx.clear_streams()

@@ -28,6 +28,7 @@ class Ending(NamedTuple):
 INPUT_ENDED = Ending("the host closed our stdin", 0, grace=True)
 HOST_DIED = Ending("the host process is gone", 0)
 OUTPUT_BROKEN = Ending("the host stopped reading", 1)
+ENGINE_DIED = Ending("the inference thread died", 70)
 
 
 class Lifecycle:
