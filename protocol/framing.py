@@ -1,61 +1,67 @@
-"""NDJSON framing without I/O: bytes in, whole lines out.
+"""The two framings of a connection: NDJSON, and LSP headers for the clients that speak those.
 
-Lines end at byte 0x0A and nowhere else. The splitter looks at every byte once and holds only the unfinished
-line, so feeding n bytes costs O(n) however they are cut, and memory stays within the frame limit.
+Which one is decided once, by the first byte that is not blank: no JSON text begins with a C, and every LSP
+header block in use does. Answers go out in the framing that was found. The server says nothing before the
+client has, so it always knows.
 """
+
+from enum import Enum
+
+from .headers import FramingLost, HeaderSplitter
+from .ndjson import FrameTooLarge, LineSplitter
 
 MAX_INBOUND_FRAME_BYTES = 64 * 1024 * 1024
 
+Frame = bytes | FrameTooLarge | FramingLost
+
 _BOM = b"\xef\xbb\xbf"
-_BLANK = b" \t\r"
+_BLANK = b" \t\r\n"
 
 
-class FrameTooLarge:
-    """Stands in place of a line that grew beyond the limit and is skipped up to its newline."""
+class Framing(Enum):
+    """How messages are kept apart."""
+
+    NDJSON = "ndjson"
+    LSP = "lsp"
+
+    def wrap(self, frame: bytes) -> bytes:
+        """Return the bytes that carry `frame`."""
+        if self is Framing.LSP:
+            return b"Content-Length: %d\r\n\r\n%b" % (len(frame), frame)
+        return frame + b"\n"
 
 
-class LineSplitter:
-    """Collects chunks and yields complete, non-blank lines without their newline."""
+class FrameReader:
+    """Collects chunks of either framing and yields frames; `framing` is None until it is known."""
 
-    def __init__(self, max_frame_bytes: int = MAX_INBOUND_FRAME_BYTES) -> None:
+    def __init__(
+        self, framing: Framing | None = None, max_frame_bytes: int = MAX_INBOUND_FRAME_BYTES
+    ) -> None:
         self._max = max_frame_bytes
-        self._line = bytearray()
-        self._skipping = False
-        self._at_start = True
+        self._held = b""
+        self._splitter: LineSplitter | HeaderSplitter | None = None
+        self.framing = framing
 
-    def feed(self, chunk: bytes) -> list[bytes | FrameTooLarge]:
-        """Return the lines that `chunk` completes; an oversized one is reported once, in its place."""
-        frames: list[bytes | FrameTooLarge] = []
-        start = 0
-        while (end := chunk.find(b"\n", start)) >= 0:
-            self._take(chunk[start:end], frames)
-            self._finish(frames)
-            start = end + 1
-        self._take(chunk[start:], frames)
-        return frames
+    def feed(self, chunk: bytes) -> list[Frame]:
+        """Return the frames that `chunk` completes."""
+        if self._splitter is None:
+            self._held += chunk
+            if _BOM.startswith(self._held):
+                return []
+            chunk, self._held = self._held.removeprefix(_BOM).lstrip(_BLANK), b""
+            if not chunk:
+                return []
+            self.framing = self.framing or _detect(chunk)
+            self._splitter = self._make(self.framing)
+        return [*self._splitter.feed(chunk)]
 
-    def close(self) -> list[bytes | FrameTooLarge]:
-        """Return what stands after the last newline: a final line may lack one."""
-        frames: list[bytes | FrameTooLarge] = []
-        self._finish(frames)
-        return frames
+    def close(self) -> list[Frame]:
+        """Return what the end of the stream completes or breaks."""
+        return [] if self._splitter is None else [*self._splitter.close()]
 
-    def _take(self, piece: bytes, frames: list[bytes | FrameTooLarge]) -> None:
-        if self._skipping:
-            return
-        if len(self._line) + len(piece) > self._max:
-            self._skipping = True
-            self._line.clear()
-            frames.append(FrameTooLarge())
-        else:
-            self._line += piece
+    def _make(self, framing: Framing) -> LineSplitter | HeaderSplitter:
+        return HeaderSplitter(self._max) if framing is Framing.LSP else LineSplitter(self._max)
 
-    def _finish(self, frames: list[bytes | FrameTooLarge]) -> None:
-        line = bytes(self._line)
-        if self._at_start:
-            line = line.removeprefix(_BOM)
-            self._at_start = False
-        if line.strip(_BLANK):
-            frames.append(line)
-        self._line.clear()
-        self._skipping = False
+
+def _detect(start: bytes) -> Framing:
+    return Framing.LSP if start[:1] in b"Cc" else Framing.NDJSON

@@ -13,6 +13,7 @@ from anyio.abc import TaskGroup
 from mlx_sidecar.config.settings import Settings
 from mlx_sidecar.native.blas import Blas
 from mlx_sidecar.native.pages import Pages
+from mlx_sidecar.protocol.framing import FrameReader
 
 from .api.generate import GenerateApi
 from .api.lifecycle import LifecycleApi
@@ -27,6 +28,7 @@ from .server.connection import Connection, Handler
 from .server.handshake import Greeting
 from .server.lifecycle import (
     ENGINE_DIED,
+    FRAMING_LOST,
     INPUT_ENDED,
     OUTPUT_BROKEN,
     Ending,
@@ -77,7 +79,14 @@ class App:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(watch_signals, self._lifecycle.end)
             lifecycle = LifecycleApi(self.engine, partial(self._watch, tasks), self._started_at)
-            connection = Connection(outbox, tasks, self._handlers(lifecycle), self._on_exit)
+            connection = Connection(
+                outbox,
+                tasks,
+                self._handlers(lifecycle),
+                self._on_exit,
+                partial(self._lifecycle.end, FRAMING_LOST),
+                FrameReader(greeting.framing),
+            )
             if greeting.accepted is not None:
                 lifecycle.opened(connection, greeting.accepted)
                 self.engine.start()

@@ -7,10 +7,13 @@ import msgspec
 from anyio.abc import ByteReceiveStream, ByteSendStream
 
 from mlx_sidecar.protocol import jsonrpc
-from mlx_sidecar.protocol.framing import LineSplitter
 from mlx_sidecar.protocol.messages import GenerateProgress, ProgressParams
+from mlx_sidecar.protocol.ndjson import LineSplitter
 
 from .errors import SidecarRequestError
+
+# Answers are bounded by what was asked for; this only bounds the damage of a peer that never ends a line.
+_MAX_FRAME_BYTES = 256 * 1024 * 1024
 
 OnProgress = Callable[[GenerateProgress], None]
 
@@ -80,7 +83,7 @@ class Connection:
 
     async def read(self, stream: ByteReceiveStream) -> None:
         """Take what the server says until it says no more."""
-        splitter = LineSplitter()
+        splitter = LineSplitter(_MAX_FRAME_BYTES)
         async for chunk in stream:
             for frame in splitter.feed(chunk):
                 if isinstance(frame, bytes):

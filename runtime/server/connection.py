@@ -10,8 +10,10 @@ import msgspec
 from anyio.abc import TaskGroup
 
 from mlx_sidecar.protocol import errors, jsonrpc
-from mlx_sidecar.protocol.framing import FrameTooLarge, LineSplitter
+from mlx_sidecar.protocol.framing import Frame, FrameReader, Framing
+from mlx_sidecar.protocol.headers import FramingLost
 from mlx_sidecar.protocol.methods import CLIENT_NOTIFICATIONS, METHODS, PARAMS_DECODERS
+from mlx_sidecar.protocol.ndjson import FrameTooLarge
 
 from .outbox import Outbox
 
@@ -64,12 +66,15 @@ class Connection:
         tasks: TaskGroup,
         handlers: dict[str, Handler],
         on_exit: Callable[["Connection"], None],
+        on_lost: Callable[[], None],
+        reader: FrameReader,
     ) -> None:
         self._outbox = outbox
         self._tasks = tasks
         self._handlers = handlers
         self._on_exit = on_exit
-        self._splitter = LineSplitter()
+        self._on_lost = on_lost
+        self._reader = reader
         self._calls: dict[jsonrpc.RequestId, Call] = {}
         self._idle = anyio.Event()
         self.initialized = False
@@ -82,15 +87,15 @@ class Connection:
 
     def feed(self, chunk: bytes) -> None:
         """Take bytes from the peer."""
-        self._take_all(self._splitter.feed(chunk))
+        self._take_all(self._reader.feed(chunk))
 
     def end_input(self) -> None:
         """Take the last frame, if the peer left it without a newline."""
-        self._take_all(self._splitter.close())
+        self._take_all(self._reader.close())
 
     def notify(self, method: str, params: object) -> None:
         """Send a notification."""
-        self._outbox.send(jsonrpc.encode_notification(method, params))
+        self._send(jsonrpc.encode_notification(method, params))
 
     def cancel(self, request_id: jsonrpc.RequestId) -> None:
         """Cancel a request in flight; an id that is not in flight is ignored."""
@@ -109,7 +114,10 @@ class Connection:
             self._idle = anyio.Event()
             await self._idle.wait()
 
-    def _take_all(self, frames: list[bytes | FrameTooLarge]) -> None:
+    def _send(self, frame: bytes) -> None:
+        self._outbox.send((self._reader.framing or Framing.NDJSON).wrap(frame))
+
+    def _take_all(self, frames: list[Frame]) -> None:
         for frame in frames:
             try:
                 self._take(frame)
@@ -117,9 +125,13 @@ class Connection:
                 log.exception("a frame could not be taken")
                 self._refuse(None, errors.InternalError())
 
-    def _take(self, frame: bytes | FrameTooLarge) -> None:
+    def _take(self, frame: Frame) -> None:
         if isinstance(frame, FrameTooLarge):
             self._refuse(None, errors.InvalidRequest("The line is longer than limits.maxFrameBytes."))
+            return
+        if isinstance(frame, FramingLost):
+            self._refuse(None, errors.InvalidRequest(f"{frame.problem} The connection cannot go on."))
+            self._on_lost()
             return
         try:
             request = jsonrpc.decode_request(frame)
@@ -189,15 +201,15 @@ class Connection:
     def _finish(self, call: Call, outcome: Any) -> None:
         del self._calls[call.id]
         if isinstance(outcome, errors.SidecarError):
-            self._outbox.send(jsonrpc.encode_error(call.id, outcome.to_wire()))
+            self._send(jsonrpc.encode_error(call.id, outcome.to_wire()))
         else:
-            self._outbox.send(jsonrpc.encode_result(call.id, outcome))
+            self._send(jsonrpc.encode_result(call.id, outcome))
         if call.after_answer is not None:
             self._outbox.then(call.after_answer)
         self._idle.set()
 
     def _refuse(self, request_id: jsonrpc.RequestId | None, error: errors.SidecarError) -> None:
-        self._outbox.send(jsonrpc.encode_error(request_id, error.to_wire()))
+        self._send(jsonrpc.encode_error(request_id, error.to_wire()))
 
 
 def _as_sidecar_error(method: str, error: Exception) -> errors.SidecarError:

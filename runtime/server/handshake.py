@@ -13,7 +13,7 @@ from typing import NamedTuple
 from mlx_sidecar.protocol import jsonrpc
 from mlx_sidecar.protocol import messages as m
 from mlx_sidecar.protocol.errors import InvalidParams
-from mlx_sidecar.protocol.framing import MAX_INBOUND_FRAME_BYTES
+from mlx_sidecar.protocol.framing import MAX_INBOUND_FRAME_BYTES, Framing
 from mlx_sidecar.protocol.methods import PARAMS_DECODERS
 from mlx_sidecar.protocol.version import VERSION
 
@@ -30,6 +30,11 @@ class Greeting(NamedTuple):
 
     unread: bytes
     accepted: m.InitializeParams | None
+
+    @property
+    def framing(self) -> Framing | None:
+        """NDJSON if something has been answered in it, otherwise still to be found out."""
+        return None if self.accepted is None else Framing.NDJSON
 
 
 def accept(params: m.InitializeParams) -> m.InitializeResult:

@@ -1,7 +1,7 @@
 """When and how the process ends: the reasons, the watch on the host, the exit codes.
 
 0      `shutdown` then `exit`, or the end of stdin with nothing lost
-1      `exit` without `shutdown`, or the host stopped reading
+1      `exit` without `shutdown`, the host stopped reading, or its LSP headers were broken
 2      wrong command line
 70     the sidecar itself failed
 128+n  signal n
@@ -28,6 +28,7 @@ class Ending(NamedTuple):
 INPUT_ENDED = Ending("the host closed our stdin", 0, grace=True)
 HOST_DIED = Ending("the host process is gone", 0)
 OUTPUT_BROKEN = Ending("the host stopped reading", 1)
+FRAMING_LOST = Ending("the host's messages can no longer be told apart", 1)
 ENGINE_DIED = Ending("the inference thread died", 70)
 
 

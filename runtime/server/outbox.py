@@ -29,7 +29,7 @@ class Outbox:
         self._thread.start()
 
     def send(self, frame: bytes) -> None:
-        """Queue one frame (without its newline). Call on the event loop."""
+        """Queue one frame, wrapped. Call on the event loop."""
         if not self._turn:
             asyncio.get_running_loop().call_soon(self._end_turn)
         self._turn.append(frame)
@@ -47,8 +47,7 @@ class Outbox:
 
     def _end_turn(self) -> None:
         if self._turn:
-            self._turn.append(b"")
-            self._queue.put(b"\n".join(self._turn))
+            self._queue.put(b"".join(self._turn))
             self._turn = []
 
     def _run(self) -> None:

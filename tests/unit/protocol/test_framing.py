@@ -1,58 +1,63 @@
-from hypothesis import given
-from hypothesis import strategies as st
+import pytest
 
-from mlx_sidecar.protocol.framing import FrameTooLarge, LineSplitter
+from mlx_sidecar.protocol.framing import Frame, FrameReader, Framing
+from mlx_sidecar.protocol.headers import FramingLost
+from mlx_sidecar.protocol.ndjson import FrameTooLarge
 
-
-def split(*chunks: bytes, limit: int = 1000) -> list[bytes | str]:
-    splitter = LineSplitter(limit)
-    frames = [frame for chunk in chunks for frame in splitter.feed(chunk)] + splitter.close()
-    return ["too large" if isinstance(frame, FrameTooLarge) else frame for frame in frames]
+BOM = b"\xef\xbb\xbf"
 
 
-def test_lines_come_out_without_their_newline() -> None:
-    assert split(b'{"a":1}\n{"b":2}\n') == [b'{"a":1}', b'{"b":2}']
+def read(
+    data: bytes, *, bytewise: bool, framing: Framing | None = None
+) -> tuple[list[Frame], Framing | None]:
+    reader = FrameReader(framing, max_frame_bytes=100)
+    chunks = [bytes([byte]) for byte in data] if bytewise else [data]
+    frames = [frame for chunk in chunks for frame in reader.feed(chunk)]
+    return frames + reader.close(), reader.framing
 
 
-def test_a_line_in_pieces_comes_out_whole() -> None:
-    assert split(b'{"a', b'":', b"1}\n") == [b'{"a":1}']
+@pytest.mark.parametrize("bytewise", [False, True])
+@pytest.mark.parametrize("start", [b"", b"\n \r\n\t", BOM, BOM + b"\n"])
+def test_the_first_byte_that_is_not_blank_decides(start: bytes, bytewise: bool) -> None:
+    assert read(start + b'{"a":1}\n{}\n', bytewise=bytewise) == ([b'{"a":1}', b"{}"], Framing.NDJSON)
+    lsp = start + Framing.LSP.wrap(b"{}") + Framing.LSP.wrap(b"[]")
+    assert read(lsp, bytewise=bytewise) == ([b"{}", b"[]"], Framing.LSP)
 
 
-def test_a_final_line_needs_no_newline() -> None:
-    assert split(b"one\ntwo") == [b"one", b"two"]
+def test_a_lower_case_header_is_a_header() -> None:
+    assert read(b"content-length: 2\r\n\r\n{}", bytewise=False) == ([b"{}"], Framing.LSP)
 
 
-def test_blank_lines_are_skipped() -> None:
-    assert split(b"\n \t\r\none\n\n") == [b"one"]
+def test_the_decision_stands_whatever_comes_later() -> None:
+    frames, framing = read(b"{}\n" + Framing.LSP.wrap(b"{}"), bytewise=False)
+    assert framing is Framing.NDJSON
+    assert frames[0] == b"{}"
+    assert b"Content-Length: 2\r" in frames
 
 
-def test_a_carriage_return_stays_with_its_line_where_json_ignores_it() -> None:
-    assert split(b"{}\r\n") == [b"{}\r"]
+def test_a_framing_can_be_fixed_beforehand() -> None:
+    frames, framing = read(b"Content-Length\n", bytewise=False, framing=Framing.NDJSON)
+    assert (frames, framing) == ([b"Content-Length"], Framing.NDJSON)
 
 
 def test_a_byte_order_mark_is_skipped_at_the_start_only() -> None:
-    mark = b"\xef\xbb\xbf"
-    assert split(mark + b"one\n" + mark + b"two\n") == [b"one", mark + b"two"]
+    assert read(BOM + b"one\n" + BOM + b"two\n", bytewise=True)[0] == [b"one", BOM + b"two"]
 
 
-def test_unicode_line_separators_do_not_end_a_line() -> None:
-    line = '"\u2028\u2029\u0085"'.encode()
-    assert split(line + b"\n") == [line]
+def test_nothing_but_blanks_decides_nothing() -> None:
+    assert read(b" \n\n", bytewise=False) == ([], None)
 
 
-def test_an_oversized_line_is_reported_once_and_the_next_one_is_read() -> None:
-    assert split(b"x" * 11, b"y" * 30 + b"\nok\n", limit=10) == ["too large", b"ok"]
+def test_a_line_too_long_can_be_skipped_and_a_message_too_long_cannot() -> None:
+    lines, _ = read(b"x" * 101 + b"\n{}\n", bytewise=False)
+    assert isinstance(lines[0], FrameTooLarge)
+    assert lines[1] == b"{}"
+    messages, _ = read(Framing.LSP.wrap(b"x" * 101) + Framing.LSP.wrap(b"{}"), bytewise=False)
+    assert isinstance(messages[0], FramingLost)
+    assert len(messages) == 1
 
 
-def test_a_line_of_exactly_the_limit_is_accepted() -> None:
-    assert split(b"x" * 10 + b"\n", limit=10) == [b"x" * 10]
-
-
-def test_an_oversized_last_line_is_reported() -> None:
-    assert split(b"x" * 11, limit=10) == ["too large"]
-
-
-@given(st.binary(max_size=200), st.integers(1, 30))
-def test_the_cuts_between_chunks_make_no_difference(data: bytes, limit: int) -> None:
-    whole = split(data, limit=limit)
-    assert split(*(bytes([byte]) for byte in data), limit=limit) == whole
+@pytest.mark.parametrize("framing", list(Framing))
+def test_what_is_wrapped_can_be_read(framing: Framing) -> None:
+    frame = '{"text":"é🙂"}'.encode()
+    assert read(framing.wrap(frame) * 2, bytewise=True) == ([frame, frame], framing)

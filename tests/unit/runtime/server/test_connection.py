@@ -8,6 +8,7 @@ import anyio
 import pytest
 
 from mlx_sidecar.protocol.errors import ModelNotFound
+from mlx_sidecar.protocol.framing import FrameReader
 from mlx_sidecar.runtime.server.connection import Call, Connection, Handler
 from mlx_sidecar.runtime.server.outbox import Outbox
 
@@ -46,7 +47,7 @@ async def peer(**handlers: Handler) -> AsyncGenerator[Peer]:
     outbox = Outbox(write_end, lambda: None)
     with anyio.fail_after(30):
         async with anyio.create_task_group() as tasks:
-            connection = Connection(outbox, tasks, handlers, lambda _: None)
+            connection = Connection(outbox, tasks, handlers, lambda _: None, lambda: None, FrameReader())
             connection.initialized = True
             yield Peer(connection, outbox, read_end)
             tasks.cancel_scope.cancel()
@@ -193,7 +194,9 @@ async def test_requests_in_flight_are_answered_when_everything_ends() -> None:
     outbox = Outbox(write_end, lambda: None)
     hosts: list[Peer] = []
     async with anyio.create_task_group() as tasks:
-        connection = Connection(outbox, tasks, {"models": forever}, lambda _: None)
+        connection = Connection(
+            outbox, tasks, {"models": forever}, lambda _: None, lambda: None, FrameReader()
+        )
         connection.initialized = True
         hosts.append(Peer(connection, outbox, read_end))
         hosts[0].send(1, "models")

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.anyio
 async def test_frames_of_one_turn_go_out_in_order_and_together() -> None:
     read_end, write_end = os.pipe()
     outbox = Outbox(write_end, lambda: None)
-    for frame in (b"one", b"two", b"three"):
+    for frame in (b"one\n", b"two\n", b"three\n"):
         outbox.send(frame)
     # A pipe returns what one write put in, as long as it is read before the next.
     assert await anyio.to_thread.run_sync(os.read, read_end, 1000) == b"one\ntwo\nthree\n"
@@ -22,7 +22,7 @@ async def test_frames_of_one_turn_go_out_in_order_and_together() -> None:
 async def test_a_callback_runs_when_what_was_sent_before_it_has_been_written() -> None:
     read_end, write_end = os.pipe()
     outbox = Outbox(write_end, lambda: None)
-    outbox.send(b"answer")
+    outbox.send(b"answer\n")
     outbox.then(lambda: os.close(write_end))
     assert await anyio.to_thread.run_sync(os.read, read_end, 1000) == b"answer\n"
     assert await anyio.to_thread.run_sync(os.read, read_end, 1000) == b""
@@ -32,7 +32,7 @@ async def test_a_callback_runs_when_what_was_sent_before_it_has_been_written() -
 async def test_close_writes_what_is_queued() -> None:
     read_end, write_end = os.pipe()
     outbox = Outbox(write_end, lambda: None)
-    outbox.send(b"last")
+    outbox.send(b"last\n")
     outbox.close(10)
     assert os.read(read_end, 1000) == b"last\n"
 
@@ -42,7 +42,7 @@ async def test_a_large_frame_is_written_whole_through_a_small_pipe() -> None:
     outbox = Outbox(write_end, lambda: None)
     outbox.send(b"x" * 1_000_000)
     received = 0
-    while received < 1_000_001:
+    while received < 1_000_000:
         received += len(await anyio.to_thread.run_sync(os.read, read_end, 65536))
     outbox.close(10)
 
