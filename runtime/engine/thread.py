@@ -40,6 +40,7 @@ class InferenceThread:
         self._blas = blas
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._batches: dict[str, Batch] = {}
+        self._unfinished: set[Sequence] = set()
         self._started: Future[Device] = Future()
         # Running, so that one waiter who gives up cannot cancel it for the others.
         self._started.set_running_or_notify_cancel()
@@ -140,6 +141,7 @@ class InferenceThread:
         except Exception:
             log.critical("the inference thread cannot go on", exc_info=True)
             self.state = "failed"
+            self._end(list(self._unfinished), "failed")
             self._on_death()
         finally:
             _clear_streams()
@@ -185,6 +187,7 @@ class InferenceThread:
         self.steps += 1
         self._last_step_at = time.monotonic()
         self._note_memory()
+        self._unfinished.difference_update(emission.sequence for emission in emissions if emission.finish)
         if emissions:
             self._deliver(emissions)
 
@@ -193,6 +196,7 @@ class InferenceThread:
         if batch is None:
             self._end([sequence], "cancelled")
             return
+        self._unfinished.add(sequence)
         try:
             batch.add(sequence)
         except Exception:
@@ -208,6 +212,7 @@ class InferenceThread:
         now = time.monotonic()
         for sequence in sequences:
             sequence.finished_at = now
+        self._unfinished.difference_update(sequences)
         if sequences:
             self._deliver([Emission(sequence, None, finish) for sequence in sequences])
 

@@ -147,10 +147,17 @@ def test_work_runs_on_the_thread_and_its_errors_come_back(bench: Bench) -> None:
         bench.engine.run(lambda: 1 // 0).result(10)
 
 
-def test_a_thread_that_cannot_go_on_says_so() -> None:
+def test_a_thread_that_cannot_go_on_says_so_and_fails_every_sequence() -> None:
     bench = Bench()
-    bench.attach("m", ScriptedBatch("step", "reset"))
-    bench.submit("m", 1)
+    bench.attach("sound", ScriptedBatch())
+    bench.attach("broken", ScriptedBatch("step", "reset"))
+    sequences = [bench.submit(model, 10**9) for model in ("sound", "broken")]
+    ends: dict[Sequence, str] = {}
+    while len(ends) < 2:
+        emission = bench.delivered.get(timeout=10)
+        if emission.finish is not None:
+            ends[emission.sequence] = emission.finish
+    assert ends == dict.fromkeys(sequences, "failed")
     assert bench.deaths.get(timeout=10)
     assert bench.engine.state == "failed"
     assert bench.engine.stop(10)
