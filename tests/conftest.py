@@ -1,13 +1,19 @@
 """Models and servers that many tests share."""
 
+import os
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from support.tiny_model import make_tiny_model
 from support.wire import Wire
 
 DEMO_MODEL = "smollm2-135m"
+
+# No deadline: a slow machine is not a defect. The same examples in every CI run, new ones everywhere else.
+settings.register_profile("here", deadline=None, print_blob=True, derandomize="CI" in os.environ)
+settings.load_profile("here")
 
 
 @pytest.fixture(scope="session")
