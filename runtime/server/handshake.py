@@ -56,7 +56,9 @@ def accept(params: m.InitializeParams) -> m.InitializeResult:
 
 def greet(wire: Wire) -> Greeting:
     """Answer an `initialize` that is waiting already; return at once if there is none."""
-    if not select.select([wire.read], [], [], 0)[0]:
+    waiting = select.poll()
+    waiting.register(wire.read, select.POLLIN)
+    if not waiting.poll(0):
         return Greeting(b"", None)
     data = os.read(wire.read, _FIRST_READ_BYTES)
     line, newline, rest = data.partition(b"\n")
