@@ -13,7 +13,7 @@ def ids(text: str) -> list[int]:
 
 
 def pieces(tokens: list[int], *stops: str) -> tuple[list[Piece], Answer]:
-    answer = Answer(Detokenizer(TOKENIZER), list(stops))
+    answer = Answer(Detokenizer(TOKENIZER, {}), list(stops))
     found: list[Piece | None] = []
     for token in tokens:
         found.append(answer.feed(token))

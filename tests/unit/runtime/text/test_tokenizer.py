@@ -6,18 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_model import make_tiny_model, make_tokenizer
+from tokenizers import Tokenizer, decoders, models
 from tokenizers.processors import TemplateProcessing
 
 from mlx_sidecar.protocol.errors import Unsupported
 from mlx_sidecar.protocol.messages import Message
-from mlx_sidecar.runtime.text.tokenizer import Detokenizer, ModelTokenizer
+from mlx_sidecar.runtime.text.tokenizer import Detokenizer, ModelTokenizer, byte_tokens
 
 TOKENIZER = make_tokenizer()
 IDS = st.lists(st.integers(0, TOKENIZER.get_vocab_size() - 1), max_size=60)
 
 
 def stream(ids: list[int]) -> list[str]:
-    detokenizer = Detokenizer(TOKENIZER)
+    detokenizer = Detokenizer(TOKENIZER, byte_tokens(TOKENIZER))
     return [*(detokenizer.feed(token) for token in ids), detokenizer.finish()]
 
 
@@ -52,6 +53,54 @@ def test_an_unfinished_character_at_the_end_is_never_given_out() -> None:
 def test_special_tokens_are_not_text() -> None:
     ids = TOKENIZER.encode("a<|end|>b").ids
     assert "".join(stream(ids)) == "ab"
+
+
+def make_byte_fallback_tokenizer() -> Tokenizer:
+    """A tokenizer in the manner of SentencePiece: words with "▁" for a space, single bytes for the rest."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "▁b", "é", "▁🙂"]
+    vocabulary = {word: position for position, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+BYTE_FALLBACK = make_byte_fallback_tokenizer()
+
+
+def stream_bytes(ids: list[int]) -> list[str]:
+    detokenizer = Detokenizer(BYTE_FALLBACK, byte_tokens(BYTE_FALLBACK))
+    return [*(detokenizer.feed(token) for token in ids), detokenizer.finish()]
+
+
+def meaning(ids: list[int]) -> str:
+    """The bytes that the tokens stand for, read as UTF-8, without the space that begins every text."""
+    names = [BYTE_FALLBACK.id_to_token(token) for token in ids]
+    pieces = [
+        bytes([int(name[3:5], 16)]) if name.startswith("<0x") else name.replace("▁", " ").encode()
+        for name in names
+        if name is not None
+    ]
+    text = b"".join(pieces).decode("utf-8", "replace")
+    return text[1:] if names and names[0] is not None and names[0].startswith("▁") else text
+
+
+@given(st.lists(st.integers(1, BYTE_FALLBACK.get_vocab_size() - 1), max_size=30))
+def test_bytes_in_any_order_never_fail_and_valid_characters_stay(ids: list[int]) -> None:
+    assert "".join(stream_bytes(ids)).rstrip("\ufffd") == meaning(ids).rstrip("\ufffd")
+
+
+@given(st.text(max_size=20))
+def test_text_out_of_single_bytes_is_given_out_character_by_character(text: str) -> None:
+    ids = [BYTE_FALLBACK.token_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
+    pieces = stream_bytes([token for token in ids if token is not None])
+    assert [piece for piece in pieces if piece] == list(text)
+
+
+def test_an_unfinished_character_out_of_single_bytes_is_never_given_out() -> None:
+    ids = [BYTE_FALLBACK.token_to_id(name) for name in ("a", "<0xF0>", "<0x9F>", "<0x99>")]
+    assert stream_bytes([token for token in ids if token is not None]) == ["a", "", "", "", ""]
 
 
 def test_a_folder_gives_encode_decode_template_and_ends(tiny_model: Path) -> None:
