@@ -71,9 +71,9 @@ class ModelTokenizer:
 class Detokenizer:
     """Ids to text, one at a time. What is given out never changes later and never ends inside a character.
 
-    Tokens that stand for single bytes (SentencePiece's byte fallback) are put together here: the library reads
-    a run of them as a whole and takes back what it gave out when a later byte is wrong, so that its stream
-    raises. Here valid characters stay and each wrong byte becomes U+FFFD, as in SentencePiece itself.
+    Tokens that stand for single bytes (SentencePiece's byte fallback) are put together here. The library
+    reads a run of them as a whole and takes back what it gave out when a later byte is wrong, so that its
+    stream raises; here valid characters stay and wrong bytes become U+FFFD, as in SentencePiece itself.
     """
 
     def __init__(self, tokenizer: Tokenizer, byte_of: dict[int, bytes]) -> None:
