@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .stop_strings import StopStrings
 
 if TYPE_CHECKING:
-    from .tokenizer import Detokenizer
+    from .detokenizer import Detokenizer
 
 
 class Piece(NamedTuple):

@@ -4,18 +4,17 @@ The tokenizer of the `tokenizers` library is used directly, from `tokenizer.json
 goes through transformers, which can build one and costs over a second to import.
 """
 
-import codecs
 import json
 from pathlib import Path
 from typing import Any, cast
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from mlx_sidecar.protocol.errors import Unsupported
 from mlx_sidecar.protocol.messages import Message
 
 from .chat_template import ChatTemplate
+from .detokenizer import Detokenizer, byte_tokens
 
 _SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -63,60 +62,9 @@ class ModelTokenizer:
         (text,) = self._tokenizer.decode_batch([ids], skip_special_tokens=skip_special_tokens)
         return text
 
-    def stream(self) -> "Detokenizer":
+    def stream(self) -> Detokenizer:
         """Return a fresh incremental decoder."""
         return Detokenizer(self._tokenizer, self._bytes)
-
-
-class Detokenizer:
-    """Ids to text, one at a time. What is given out never changes later and never ends inside a character.
-
-    Tokens that stand for single bytes (SentencePiece's byte fallback) are put together here. The library
-    reads a run of them as a whole and takes back what it gave out when a later byte is wrong, so that its
-    stream raises; here valid characters stay and wrong bytes become U+FFFD, as in SentencePiece itself.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, byte_of: dict[int, bytes]) -> None:
-        self._tokenizer = tokenizer
-        self._byte_of = byte_of
-        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._others: list[int] = []
-        self._given = 0
-        self._holding = False
-
-    def feed(self, token: int) -> str:
-        """Return the text that `token` completes; empty while a character is unfinished."""
-        byte = self._byte_of.get(token)
-        if byte is None:
-            return self._bytes.decode(b"", final=True) + self._feed_other(token)
-        if not self._others:
-            # Text has begun, and the library must not take what follows for its beginning.
-            self._feed_other(next(other for other, value in self._byte_of.items() if value == b"A"))
-        return self._bytes.decode(byte)
-
-    def finish(self) -> str:
-        """Return held text that is complete; the bytes of a character that never was are dropped."""
-        if not self._holding:
-            return ""
-        text = self._tokenizer.decode(self._others, skip_special_tokens=True)
-        return text[self._given :].rstrip("\ufffd")
-
-    def _feed_other(self, token: int) -> str:
-        self._others.append(token)
-        text = self._stream.step(self._tokenizer, token) or ""
-        self._holding = not text
-        self._given += len(text)
-        return text
-
-
-def byte_tokens(tokenizer: Tokenizer) -> dict[int, bytes]:
-    """Return the ids that stand for one byte each, if the tokenizer decodes `<0x41>` as "A"; else nothing."""
-    names = {bytes([byte]): tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
-    letter = names[b"A"]
-    if letter is None or tokenizer.decode([letter]) != "A":
-        return {}
-    return {token: byte for byte, token in names.items() if token is not None}
 
 
 def _load(folder: Path) -> Tokenizer:

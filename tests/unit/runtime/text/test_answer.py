@@ -3,7 +3,7 @@ from hypothesis import strategies as st
 from support.tiny_model import make_tokenizer
 
 from mlx_sidecar.runtime.text.answer import Answer, Piece
-from mlx_sidecar.runtime.text.tokenizer import Detokenizer
+from mlx_sidecar.runtime.text.detokenizer import Detokenizer, byte_tokens
 
 TOKENIZER = make_tokenizer()
 
@@ -13,7 +13,7 @@ def ids(text: str) -> list[int]:
 
 
 def pieces(tokens: list[int], *stops: str) -> tuple[list[Piece], Answer]:
-    answer = Answer(Detokenizer(TOKENIZER, {}), list(stops))
+    answer = Answer(Detokenizer(TOKENIZER, byte_tokens(TOKENIZER)), list(stops))
     found: list[Piece | None] = []
     for token in tokens:
         found.append(answer.feed(token))

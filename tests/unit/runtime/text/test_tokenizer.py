@@ -11,7 +11,8 @@ from tokenizers.processors import TemplateProcessing
 
 from mlx_sidecar.protocol.errors import Unsupported
 from mlx_sidecar.protocol.messages import Message
-from mlx_sidecar.runtime.text.tokenizer import Detokenizer, ModelTokenizer, byte_tokens
+from mlx_sidecar.runtime.text.detokenizer import Detokenizer, byte_tokens
+from mlx_sidecar.runtime.text.tokenizer import ModelTokenizer
 
 TOKENIZER = make_tokenizer()
 IDS = st.lists(st.integers(0, TOKENIZER.get_vocab_size() - 1), max_size=60)
@@ -24,7 +25,7 @@ def stream(ids: list[int]) -> list[str]:
 
 @given(IDS)
 def test_streamed_text_is_the_text_of_all_ids_less_an_unfinished_character(ids: list[int]) -> None:
-    assert "".join(stream(ids)) == TOKENIZER.decode(ids).rstrip("\ufffd")
+    assert "".join(stream(ids)).rstrip("\ufffd") == TOKENIZER.decode(ids).rstrip("\ufffd")
 
 
 @given(IDS)
@@ -43,6 +44,17 @@ def test_a_character_in_several_tokens_is_given_out_whole() -> None:
     ids = TOKENIZER.encode("a🙂b").ids
     assert len(ids) > 3
     assert [piece for piece in stream(ids) if piece] == ["a", "🙂", "b"]
+
+
+def test_a_special_token_inside_a_character_does_not_break_it() -> None:
+    start, *rest = TOKENIZER.encode("🙂").ids
+    end: int = TOKENIZER.encode("<|end|>").ids[0]
+    ids = [start, end, *rest]
+    assert "".join(stream(ids)) == "🙂"
+
+
+def test_the_replacement_character_itself_is_a_character() -> None:
+    assert "".join(stream(TOKENIZER.encode("a\ufffd").ids)) == "a\ufffd"
 
 
 def test_an_unfinished_character_at_the_end_is_never_given_out() -> None:
