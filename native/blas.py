@@ -5,6 +5,7 @@ library of MLX's three CBLAS names in front of it, forwarding to the OpenBLAS th
 `scipy-openblas32` ships. Elsewhere MLX has Accelerate or a GPU, and the component stays off.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -21,6 +22,8 @@ THREADS = "OPENBLAS_NUM_THREADS"
 """OpenBLAS's own environment variable; where it is set, it is obeyed."""
 
 _SYMBOL_PREFIX = "scipy_"
+
+log = logging.getLogger("native")
 
 
 class BlasReport(NamedTuple):
@@ -52,10 +55,11 @@ class Blas:
         # Bound while still private: once global, a name that leads nowhere would end the process.
         local = ctypes.CDLL(str(shim), mode=os.RTLD_LOCAL)
         local.mlx_sidecar_blas_error.restype = ctypes.c_char_p
-        local.mlx_sidecar_blas_calls.restype = ctypes.c_ulonglong
         if local.mlx_sidecar_blas_bind(str(openblas).encode(), _SYMBOL_PREFIX.encode()) != 0:
             error: bytes = local.mlx_sidecar_blas_error()
-            self._reason = f"OpenBLAS could not be opened: {error.decode(errors='replace')}"
+            # The linker's words hold paths; they are for the log only.
+            log.warning("OpenBLAS could not be opened: %s", error.decode(errors="replace"))
+            self._reason = "OpenBLAS could not be opened; the log says why"
             return
         self._openblas = ctypes.CDLL(str(openblas))
         self._openblas.scipy_openblas_get_config.restype = ctypes.c_char_p

@@ -37,9 +37,8 @@ class HeaderSplitter:
         self._buffer += chunk
         position = 0
         try:
-            while (end := self._end_of_message(position)) is not None:
-                start, stop = end
-                frames.append(bytes(self._buffer[start:stop]))
+            while (stop := self._end_of_body(position)) is not None:
+                frames.append(bytes(self._buffer[position:stop]))
                 self._body_bytes = None
                 position = self._scanned = stop
         except ValueError as error:
@@ -56,9 +55,8 @@ class HeaderSplitter:
             return []
         return [FramingLost("The stream ended inside a message.")]
 
-    def _end_of_message(self, position: int) -> tuple[int, int] | None:
-        """Return where the body of the message at `position` starts and stops, once all of it is there."""
-        start = position
+    def _end_of_body(self, position: int) -> int | None:
+        """Take away the headers at `position`; return where the body behind them ends, once it is there."""
         if self._body_bytes is None:
             found = _END.search(self._buffer, max(position, self._scanned - 3))
             if found is None:
@@ -67,10 +65,9 @@ class HeaderSplitter:
                     raise ValueError(f"The headers are longer than {MAX_HEADER_BYTES} bytes.")
                 return None
             self._body_bytes = _content_length(bytes(self._buffer[position : found.start()]), self._max)
-            # What has been read of the headers is not needed any more; the body starts the buffer.
             del self._buffer[position : found.end()]
-        stop = start + self._body_bytes
-        return (start, stop) if len(self._buffer) >= stop else None
+        stop = position + self._body_bytes
+        return stop if len(self._buffer) >= stop else None
 
 
 def _content_length(block: bytes, limit: int) -> int:

@@ -26,11 +26,6 @@ class Request(msgspec.Struct):
     id: RequestId | msgspec.UnsetType = msgspec.UNSET
     params: msgspec.Raw = msgspec.Raw(b"{}")
 
-    @property
-    def is_notification(self) -> bool:
-        """True when the sender wants no answer, not even an error."""
-        return self.id is msgspec.UNSET
-
 
 class BadFrame(Exception):
     """A frame that cannot be dispatched: what to answer, and to which id (None when unknown)."""

@@ -32,6 +32,8 @@ def test_load_says_what_it_loaded_and_why_as_float32_on_a_cpu(demo_server: Wire)
     assert loaded["contextLength"] == 8192
     assert loaded["vocabulary"] == 49152
     assert loaded["parameters"] == 134_515_008
+    assert 0 <= loaded["pages"]["residentBytes"] <= loaded["pages"]["totalBytes"]
+    assert loaded["pages"]["totalBytes"] > 90_000_000
     if device == "cpu":
         assert loaded["dtype"] == "float32"
         assert "CPU" in loaded["reason"]

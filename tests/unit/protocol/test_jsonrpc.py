@@ -61,7 +61,7 @@ def test_integers_and_strings_are_ids(request_id: int | str) -> None:
 
 
 def test_a_request_without_id_is_a_notification() -> None:
-    assert jsonrpc.decode_request(b'{"jsonrpc":"2.0","method":"exit"}').is_notification
+    assert jsonrpc.decode_request(b'{"jsonrpc":"2.0","method":"exit"}').id is msgspec.UNSET
 
 
 @pytest.mark.parametrize(
