@@ -8,6 +8,7 @@ from typing import Literal
 from msgspec import Struct
 
 LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
 
 
 class Settings(Struct, frozen=True, kw_only=True):
@@ -19,8 +20,14 @@ class Settings(Struct, frozen=True, kw_only=True):
     log_level: LogLevel = "info"
     """Least severe line that goes to stderr."""
 
+    log_format: LogFormat = "text"
+    """Lines for people, or one JSON object each."""
+
     eof_grace_seconds: float = 5.0
-    """After stdin ends, accepted requests may run this long: `serve < requests.jsonl` keeps its answers."""
+    """After its last word a client's requests may run this long, so `serve < file` gives every answer."""
+
+    max_connections: int = 256
+    """Clients of a listening server at a time. Each has a thread that reads; a slow one, one that writes."""
 
     max_sequences: int = 32
     """Sequences decoded together; more wait in line. Beyond this a step gets slower for everybody."""

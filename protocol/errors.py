@@ -15,7 +15,9 @@
     |-- InvalidModel             1003   there, but not a model that can be loaded
     |-- ContextOverflow          1004   the prompt does not fit the model's context
     |-- Unsupported              1005   understood, and not possible with this model
-    `-- BackendUnavailable       1006   MLX cannot run on this machine
+    |-- BackendUnavailable       1006   MLX cannot run on this machine
+    |-- SlowConsumer             1007   the client does not read its stream
+    `-- ResponseTooLarge         1008   the answer would be longer than a frame may be
 
 Codes follow JSON-RPC 2.0 and LSP where those define one; application errors are positive. A message says
 what happened, whose fault it is and what to do. It never contains text of a library or a path of the
@@ -199,4 +201,29 @@ class BackendUnavailable(SidecarError):
         super().__init__(
             "MLX could not be started on this machine. On Linux install the 'cpu' or the 'cuda' extra; "
             "the sidecar's log says what is missing."
+        )
+
+
+class SlowConsumer(SidecarError):
+    """Too much of a stream waits for a client that does not read; the generation was ended."""
+
+    code, kind, retryable = 1007, "slow_consumer", True
+
+    def __init__(self, max_unsent_bytes: int) -> None:
+        super().__init__(
+            f"More than {max_unsent_bytes} bytes of this connection's streams were waiting to be read, so "
+            "this one was ended. Read faster, or stream less at a time.",
+            maxUnsentBytes=max_unsent_bytes,
+        )
+
+
+class ResponseTooLarge(SidecarError):
+    """The answer is longer than `limits.maxSentFrameBytes`. Ask for less of it."""
+
+    code, kind = 1008, "response_too_large"
+
+    def __init__(self, max_sent_frame_bytes: int) -> None:
+        super().__init__(
+            f"The answer is longer than {max_sent_frame_bytes} bytes. Ask for a smaller part of it.",
+            maxSentFrameBytes=max_sent_frame_bytes,
         )

@@ -11,6 +11,7 @@ from .headers import FramingLost, HeaderSplitter
 from .ndjson import FrameTooLarge, LineSplitter
 
 MAX_INBOUND_FRAME_BYTES = 64 * 1024 * 1024
+MAX_OUTBOUND_FRAME_BYTES = 16 * 1024 * 1024
 
 Frame = bytes | FrameTooLarge | FramingLost
 

@@ -10,12 +10,15 @@ from typing import Any, Literal, TypeVar, cast
 
 import msgspec
 
-from .errors import ErrorObject, InvalidParams, InvalidRequest, ParseError
+from .errors import ErrorObject, InvalidParams, InvalidRequest, ParseError, ResponseTooLarge, SidecarError
+from .framing import MAX_OUTBOUND_FRAME_BYTES
 
 ParamsT = TypeVar("ParamsT")
 RequestId = int | str
 SAFE_INTEGER = 2**53 - 1
 """Largest integer that a JavaScript number holds exactly; ids and seeds stay within it."""
+
+MAX_BATCH_MEMBERS = 64
 
 
 class Request(msgspec.Struct):
@@ -25,6 +28,11 @@ class Request(msgspec.Struct):
     method: str
     id: RequestId | msgspec.UnsetType = msgspec.UNSET
     params: msgspec.Raw = msgspec.Raw(b"{}")
+
+    @property
+    def is_call(self) -> bool:
+        """Whether it wants an answer."""
+        return self.id is not msgspec.UNSET
 
 
 class BadFrame(Exception):
@@ -67,6 +75,7 @@ class Reply(msgspec.Struct):
 _encoder = msgspec.json.Encoder()
 _request_decoder = msgspec.json.Decoder(Request)
 _reply_decoder = msgspec.json.Decoder(Reply)
+_batch_decoder = msgspec.json.Decoder(list[msgspec.Raw])
 
 # Line ends to JavaScript's readline and to str.splitlines, though not to JSON.
 _LINE_SEPARATORS = (
@@ -82,6 +91,7 @@ def decode_request(frame: bytes) -> Request:
     Raises:
         BadFrame: not JSON, or JSON that is not a JSON-RPC 2.0 request.
     """
+    _check_text(frame)
     try:
         request = _request_decoder.decode(frame)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
@@ -89,6 +99,30 @@ def decode_request(frame: bytes) -> Request:
     if isinstance(request.id, int) and abs(request.id) > SAFE_INTEGER:
         raise BadFrame(InvalidRequest("The id is larger than 2^53 - 1. Use a smaller one or a string."), None)
     return request
+
+
+def is_batch(frame: bytes) -> bool:
+    """Return whether the frame is an array, or would be one."""
+    return frame.lstrip()[:1] == b"["
+
+
+def decode_batch(frame: bytes) -> list[Request | BadFrame]:
+    """Return the members of a batch, each decoded or refused by itself.
+
+    Raises:
+        BadFrame: not JSON, empty, or too many members.
+    """
+    _check_text(frame)
+    try:
+        members = _batch_decoder.decode(frame)
+    except (msgspec.DecodeError, RecursionError):
+        raise BadFrame(ParseError(), None) from None
+    if not members:
+        raise BadFrame(InvalidRequest("A batch holds at least one request."), None)
+    if len(members) > MAX_BATCH_MEMBERS:
+        problem = f"A batch holds at most {MAX_BATCH_MEMBERS} requests. Send them in parts."
+        raise BadFrame(InvalidRequest(problem), None)
+    return [_decode_member(bytes(member)) for member in members]
 
 
 def decode_reply(frame: bytes) -> Reply:
@@ -113,14 +147,14 @@ def decode_params(raw: msgspec.Raw, decode: Callable[[msgspec.Raw], ParamsT]) ->
         raise BadFrame(ParseError(), None) from None
 
 
-def encode_result(request_id: RequestId, result: object) -> bytes:
-    """Return the response frame (no newline) for a call that succeeded."""
-    return _encode(_Response(id=request_id, result=result))
-
-
-def encode_error(request_id: RequestId | None, error: ErrorObject) -> bytes:
-    """Return the response frame (no newline) for a call that failed."""
-    return _encode(_ErrorResponse(id=request_id, error=error))
+def encode_outcome(request_id: RequestId | None, outcome: object) -> bytes:
+    """Return the response frame (no newline) for a call that ended with a result or a SidecarError."""
+    if isinstance(outcome, SidecarError):
+        return _encode(_ErrorResponse(id=request_id, error=outcome.to_wire()))
+    frame = _encode(_Response(id=request_id, result=outcome))
+    if len(frame) > MAX_OUTBOUND_FRAME_BYTES:
+        return encode_outcome(request_id, ResponseTooLarge(MAX_OUTBOUND_FRAME_BYTES))
+    return frame
 
 
 def encode_notification(method: str, params: object) -> bytes:
@@ -159,14 +193,28 @@ def _without_surrogates(value: Any) -> Any:
             return value
 
 
+def _check_text(frame: bytes) -> None:
+    # msgspec looks only into the strings that it returns, and a frame is JSON as a whole or not at all.
+    if not frame.isascii():
+        try:
+            frame.decode()
+        except UnicodeDecodeError:
+            raise BadFrame(ParseError(), None) from None
+
+
+def _decode_member(frame: bytes) -> Request | BadFrame:
+    try:
+        return decode_request(frame)
+    except BadFrame as bad:
+        return bad
+
+
 def _bad_frame(frame: bytes) -> BadFrame:
     # Validation stops at the first wrong member, so whether the rest is JSON at all is only known now.
     try:
         message = msgspec.json.decode(frame)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         return BadFrame(ParseError(), None)
-    if isinstance(message, list):
-        return BadFrame(InvalidRequest("Batches are not accepted. Send one object per line."), None)
     if not isinstance(message, dict):
         return BadFrame(InvalidRequest("A request is a JSON object."), None)
     members = cast(dict[str, Any], message)

@@ -16,11 +16,29 @@ Text = Annotated[str, Meta(max_length=16 * 1024 * 1024)]
 ModelName = Annotated[str, Meta(min_length=1, max_length=4096)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Meta(max_length=4 * 1024 * 1024)]
-ProgressToken = Annotated[int, Meta(ge=-SAFE_INTEGER, le=SAFE_INTEGER)] | Annotated[str, Meta(max_length=256)]
+ProgressToken = Annotated[
+    Annotated[int, Meta(ge=-SAFE_INTEGER, le=SAFE_INTEGER)] | Annotated[str, Meta(max_length=256)],
+    Meta(description="Names a stream: a request that has one is answered by `$/progress` with it."),
+]
 StopString = Annotated[str, Meta(min_length=1, max_length=256)]
-FinishReason = Literal["stop", "length", "cancelled"]
-ModelState = Literal["loading", "ready", "unloading", "unloaded"]
-DtypeRequest = Literal["auto", "stored", "float32", "float16", "bfloat16"]
+
+# What has a title here is a type with a name in the schema too.
+FinishReason = Annotated[
+    Literal["stop", "length", "cancelled"],
+    Meta(title="FinishReason", description="`length`: `maxTokens`, or the end of the model's context."),
+]
+EngineState = Annotated[
+    Literal["starting", "ready", "failed", "stopping"],
+    Meta(title="EngineState", description="`starting` until MLX runs; `failed` if it cannot run here."),
+]
+ModelState = Annotated[
+    Literal["loading", "ready", "unloading", "unloaded"],
+    Meta(title="ModelState", description="Requests for a model that is `loading` wait for it."),
+]
+DtypeRequest = Annotated[
+    Literal["auto", "stored", "float32", "float16", "bfloat16"],
+    Meta(title="DtypeRequest", description="`auto` is `stored`, except where that is far slower."),
+]
 
 
 class Params(Struct, rename="camel", forbid_unknown_fields=True, kw_only=True):
@@ -45,13 +63,27 @@ class ClientInfo(Params):
     version: Annotated[str, Meta(max_length=256)] | UnsetType = UNSET
 
 
+class FlowControl(Params):
+    """Asks for paced streams: text beyond `windowBytes` that no `$/streamAck` has confirmed is held back.
+
+    What is held back is merged, never dropped, and the end of a stream does not wait for the window.
+    """
+
+    window_bytes: Annotated[int, Meta(ge=1, le=SAFE_INTEGER)]
+
+
 class InitializeParams(Params):
-    """The first request of every connection."""
+    """Who is calling, and what it can do.
+
+    `protocolVersion` is 1; any other is refused. `processId` is the process to end with: when it is gone, so
+    is a sidecar that serves it alone. No `capabilities` of clients are known yet; they are ignored.
+    """
 
     protocol_version: int
     client_info: ClientInfo | UnsetType = UNSET
     process_id: Annotated[int, Meta(ge=1, le=SAFE_INTEGER)] | None = None
     capabilities: dict[str, Any] = {}
+    flow_control: FlowControl | None = None
 
 
 class ServerInfo(Result):
@@ -62,13 +94,24 @@ class ServerInfo(Result):
 
 
 class Limits(Result):
-    """Bounds that a client can rely on."""
+    """Bounds that a client can rely on.
+
+    `maxFrameBytes` holds for what the server reads, `maxSentFrameBytes` for what it writes. A stream with
+    more than `maxUnsentBytes` waiting for a connection that does not read ends with `slow_consumer`; beyond
+    twice that the connection ends.
+    """
 
     max_frame_bytes: int
+    max_sent_frame_bytes: int
+    max_batch_members: int
+    max_unsent_bytes: int
 
 
 class InitializeResult(Result):
-    """`protocolVersion` is the one that will be spoken. `capabilities` maps a feature to true."""
+    """`protocolVersion` is the one that will be spoken. `capabilities` maps a feature to true.
+
+    A feature that is not there is not supported. `instanceId` tells this process from one that ran before it.
+    """
 
     protocol_version: int
     server_info: ServerInfo
@@ -77,10 +120,23 @@ class InitializeResult(Result):
     instance_id: str
 
 
-class PingResult(Result):
-    """`lastStepAgeMs` is the time since the engine last made progress; null when it is idle."""
+class ServerInfoResult(InitializeResult):
+    """What `initialize` would answer, and the process behind it."""
 
-    state: Literal["starting", "ready", "failed", "stopping"]
+    process_id: int
+    platform: str
+    state: EngineState
+    uptime_ms: float
+
+
+class PingResult(Result):
+    """How the server is.
+
+    `inFlight` counts the other requests of this connection. `lastStepAgeMs` is the time since the engine last
+    made progress; null when it is idle.
+    """
+
+    state: EngineState
     uptime_ms: float
     in_flight: int
     last_step_age_ms: float | None
@@ -104,7 +160,7 @@ class PagesReport(Result):
 
 
 class LoadPhases(Result):
-    """Where the time of a load went, in milliseconds."""
+    """Where the time of a load went, in milliseconds; `runtimeMs` is the wait for MLX itself to start."""
 
     runtime_ms: float
     weights_ms: float
@@ -112,9 +168,9 @@ class LoadPhases(Result):
 
 
 class LoadResult(Result):
-    """A model that is ready. `reason` says why `dtype` is not the stored one, where it is not.
+    """A model that is ready. `dtype` is the precision it runs in; `reason` says why, where that is not plain.
 
-    `bytes` is the memory of the weights; `runtimeMs` counts the wait for MLX itself to start.
+    `parameters` counts its weights, `bytes` is the memory that they take, `vocabulary` counts its token ids.
     """
 
     model: str
@@ -145,7 +201,7 @@ class UnloadResult(Result):
 
 
 class ModelInfo(Result):
-    """One line of `models`; the numbers are absent until the model is ready."""
+    """One line of `models`; the numbers are absent until the model is ready. `inUse` counts its requests."""
 
     model: str
     state: ModelState
@@ -172,6 +228,32 @@ class Message(Params):
     content: Text
 
 
+Messages = Annotated[
+    list[Message],
+    Meta(min_length=1, max_length=65536, description="Goes through the model's chat template."),
+]
+LogitBias = Annotated[
+    dict[int, Annotated[float, Meta(ge=-1000, le=1000)]],
+    Meta(
+        max_length=65536,
+        description="By the id of a token: what is added to its logit.",
+        extra_json_schema={"propertyNames": {"pattern": "^[0-9]+$"}},
+    ),
+]
+Seed = Annotated[
+    Annotated[int, Meta(ge=0, le=SAFE_INTEGER)] | None,
+    Meta(description="The same seed gives the same text, whatever else runs; null is another one each time."),
+]
+StopTexts = Annotated[
+    StopString | Annotated[list[StopString], Meta(max_length=16)],
+    Meta(description="The answer ends before the first of these texts."),
+]
+StopTokenIds = Annotated[
+    list[TokenId],
+    Meta(max_length=256, description="The answer ends before the first of these tokens."),
+]
+
+
 class GenerateParams(Params):
     """One of `messages`, `prompt`, `tokens`, and how to sample.
 
@@ -181,30 +263,35 @@ class GenerateParams(Params):
     """
 
     model: ModelName
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=65536)] | UnsetType = UNSET
-    prompt: Text | UnsetType = UNSET
-    tokens: TokenIds | UnsetType = UNSET
-    max_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] = 1024
-    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
-    top_p: Annotated[float, Meta(ge=0, le=1)] = 1.0
-    top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
-    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
-    presence_penalty: Annotated[float, Meta(ge=-100, le=100)] = 0.0
-    frequency_penalty: Annotated[float, Meta(ge=-100, le=100)] = 0.0
-    logit_bias: Annotated[dict[int, Annotated[float, Meta(ge=-1000, le=1000)]], Meta(max_length=65536)] = {}
-    seed: Annotated[int, Meta(ge=0, le=SAFE_INTEGER)] | None = None
-    stop: StopString | Annotated[list[StopString], Meta(max_length=16)] = []
-    stop_token_ids: Annotated[list[TokenId], Meta(max_length=256)] = []
+    messages: Messages | UnsetType = UNSET
+    prompt: Annotated[Text, Meta(description="Is continued as it stands.")] | UnsetType = UNSET
+    tokens: Annotated[TokenIds, Meta(description="A prompt as ids.")] | UnsetType = UNSET
+    max_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1, description="The longest answer.")] = 1024
+    temperature: Annotated[float, Meta(ge=0, le=100, description="0 is greedy.")] = 0.0
+    top_p: Annotated[float, Meta(ge=0, le=1, description="1 is off.")] = 1.0
+    top_k: Annotated[int, Meta(ge=0, le=2**31 - 1, description="0 is off.")] = 0
+    min_p: Annotated[float, Meta(ge=0, le=1, description="0 is off.")] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100, description="1 is off.")] = 1.0
+    presence_penalty: Annotated[float, Meta(ge=-100, le=100, description="0 is off.")] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-100, le=100, description="0 is off.")] = 0.0
+    logit_bias: LogitBias = {}
+    seed: Seed = None
+    stop: StopTexts = []
+    stop_token_ids: StopTokenIds = []
     partial_result_token: ProgressToken | UnsetType = UNSET
 
 
 class GenerateProgress(Result):
-    """`value` of `$/progress`: text that became final, and the ids of the tokens it came from."""
+    """`value` of `$/progress`: text that became final, and the ids of the tokens it came from.
+
+    `seq` counts from 1. While the connection is busy what follows is merged into one value: its `seq` is then
+    that of the last part, and `merged` says how many parts there are.
+    """
 
     seq: int
     text: str
     tokens: list[int]
+    merged: int = 1
 
 
 class Usage(Result):
@@ -225,7 +312,11 @@ class Timings(Result):
 
 
 class GenerateResult(Result):
-    """The end of a generation. `text` and `tokens` stand here only when it was not streamed."""
+    """The end of a generation. `text` and `tokens` stand here only when it was not streamed.
+
+    When it was, `lastSeq` is the `seq` of the last progress (0 if there was none) and `textBytes` the length
+    of all its text in UTF-8, so that a client can tell that it has everything.
+    """
 
     finish_reason: FinishReason
     usage: Usage
@@ -233,6 +324,7 @@ class GenerateResult(Result):
     text: str | UnsetType = UNSET
     tokens: list[int] | UnsetType = UNSET
     last_seq: int | UnsetType = UNSET
+    text_bytes: int | UnsetType = UNSET
 
 
 # -- tokens --
@@ -243,7 +335,7 @@ class TokenizeParams(Params):
 
     model: ModelName
     text: Text | UnsetType = UNSET
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=65536)] | UnsetType = UNSET
+    messages: Messages | UnsetType = UNSET
     add_special_tokens: bool = True
 
 
@@ -327,7 +419,7 @@ class TokenStats(Result):
 class EngineStats(Result):
     """The inference thread. `device` is absent until MLX has started."""
 
-    state: Literal["starting", "ready", "failed", "stopping"]
+    state: EngineState
     steps: int
     sequences: int
     device: str | UnsetType = UNSET
@@ -354,6 +446,13 @@ class CancelParams(Params):
     """The id of the request to cancel; one that is not in flight is ignored."""
 
     id: int | str
+
+
+class StreamAckParams(Params):
+    """`seq` is the last that was dealt with; acks are absolute, so a lost one is healed by the next."""
+
+    token: ProgressToken
+    seq: Annotated[int, Meta(ge=0, le=SAFE_INTEGER)]
 
 
 class ProgressParams(Result):

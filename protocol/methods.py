@@ -1,51 +1,160 @@
-"""The one table of methods: what each takes and gives."""
+"""The one table of methods: what each takes and gives, and how it can fail."""
 
 from typing import Any
 
 from msgspec import Struct
 from msgspec.json import Decoder
 
+from . import errors as e
 from . import messages as m
+
+ErrorTypes = tuple[type[e.SidecarError], ...]
 
 
 class Method(Struct, frozen=True):
-    """A request method. `result` None means the answer is null."""
+    """A request method. `result` None means the answer is null; a `dict` is a document of its own schema.
+
+    `errors` are those that only some methods have; a broken frame, wrong parameters, an internal error and a
+    cancel can happen to all. `progress` is the type of the values that a `partialResultToken` asks for.
+    """
 
     name: str
+    doc: str
     params: type[m.Params]
-    result: type[m.Result] | None
+    result: type[m.Result] | type[dict[str, Any]] | None
+    errors: ErrorTypes = ()
+    progress: type[m.Result] | None = None
     before_initialize: bool = False
+    in_batch: bool = True
 
 
 class Notification(Struct, frozen=True):
     """A message without an answer."""
 
     name: str
+    doc: str
     params: type[Struct]
 
 
 METHODS = {
     method.name: method
     for method in (
-        Method("initialize", m.InitializeParams, m.InitializeResult, before_initialize=True),
-        Method("ping", m.NoParams, m.PingResult, before_initialize=True),
-        Method("load", m.LoadParams, m.LoadResult),
-        Method("unload", m.UnloadParams, m.UnloadResult),
-        Method("models", m.NoParams, m.ModelsResult),
-        Method("generate", m.GenerateParams, m.GenerateResult),
-        Method("tokenize", m.TokenizeParams, m.TokenizeResult),
-        Method("detokenize", m.DetokenizeParams, m.DetokenizeResult),
-        Method("stats", m.NoParams, m.StatsResult),
-        Method("shutdown", m.NoParams, None, before_initialize=True),
+        Method(
+            "initialize",
+            "Opens the connection; the first request, sent once. Answered before MLX is even imported.",
+            m.InitializeParams,
+            m.InitializeResult,
+            (e.InvalidRequest,),
+            before_initialize=True,
+            in_batch=False,
+        ),
+        Method(
+            "ping",
+            "Answers at once, whatever the engine is doing.",
+            m.NoParams,
+            m.PingResult,
+            before_initialize=True,
+        ),
+        Method(
+            "server/info",
+            "Says what `initialize` would, without opening the connection: for probes.",
+            m.NoParams,
+            m.ServerInfoResult,
+            before_initialize=True,
+        ),
+        Method(
+            "rpc.discover",
+            "Returns the OpenRPC document of this protocol.",
+            m.NoParams,
+            dict[str, Any],
+            before_initialize=True,
+        ),
+        Method(
+            "load",
+            "Brings a model into memory, evaluates all of its weights and warms it up. A model that is there "
+            "already is answered at once.",
+            m.LoadParams,
+            m.LoadResult,
+            (e.ModelNotFound, e.InvalidModel, e.BackendUnavailable),
+        ),
+        Method(
+            "unload",
+            "Gives a model's memory back after its requests have ended; `force` ends them.",
+            m.UnloadParams,
+            m.UnloadResult,
+            (e.ModelNotLoaded,),
+        ),
+        Method("models", "Lists the models in memory, oldest first.", m.NoParams, m.ModelsResult),
+        Method(
+            "generate",
+            "Answers a prompt: whole, or streamed as `$/progress` if the request has a `partialResultToken`. "
+            'A cancel ends it with a result, whose `finishReason` is "cancelled".',
+            m.GenerateParams,
+            m.GenerateResult,
+            (e.ModelNotLoaded, e.ContextOverflow, e.Unsupported, e.SlowConsumer),
+            progress=m.GenerateProgress,
+        ),
+        Method(
+            "tokenize",
+            "Turns a text, or messages in the model's chat template, into ids.",
+            m.TokenizeParams,
+            m.TokenizeResult,
+            (e.ModelNotLoaded, e.Unsupported, e.ResponseTooLarge),
+        ),
+        Method(
+            "detokenize",
+            "Turns ids into text.",
+            m.DetokenizeParams,
+            m.DetokenizeResult,
+            (e.ModelNotLoaded, e.ResponseTooLarge),
+        ),
+        Method(
+            "stats",
+            "Says what the sidecar is doing and holding; cheap enough to poll.",
+            m.NoParams,
+            m.StatsResult,
+        ),
+        Method(
+            "shutdown",
+            "Cancels this connection's requests and answers null once each has been answered. Nothing but "
+            "`exit` may follow.",
+            m.NoParams,
+            None,
+            before_initialize=True,
+            in_batch=False,
+        ),
     )
 }
 
 CLIENT_NOTIFICATIONS = {
     notification.name: notification
-    for notification in (Notification("$/cancelRequest", m.CancelParams), Notification("exit", m.NoParams))
+    for notification in (
+        Notification(
+            "$/cancelRequest",
+            "Ends a request of this connection; an id that is not in flight is ignored.",
+            m.CancelParams,
+        ),
+        Notification(
+            "$/streamAck",
+            "Confirms a stream up to a `seq`, where `initialize` asked for `flowControl`.",
+            m.StreamAckParams,
+        ),
+        Notification(
+            "exit",
+            "Ends a sidecar that serves one host, with code 0 after `shutdown` and 1 without. On a socket "
+            "that was listened on it ends the connection.",
+            m.NoParams,
+        ),
+    )
 }
 
-SERVER_NOTIFICATIONS = {"$/progress": Notification("$/progress", m.ProgressParams)}
+SERVER_NOTIFICATIONS = {
+    "$/progress": Notification(
+        "$/progress",
+        "A part of a streamed answer. Each is sent before the answer's response, and none after it.",
+        m.ProgressParams,
+    )
+}
 
 PARAMS_DECODERS: dict[str, Decoder[Any]] = {
     name: Decoder(entry.params) for name, entry in (METHODS | CLIENT_NOTIFICATIONS).items()

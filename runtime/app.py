@@ -5,164 +5,195 @@ import contextvars
 import logging
 import time
 from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
 
 import anyio
-from anyio.abc import TaskGroup
 
 from mlx_sidecar.config.settings import Settings
 from mlx_sidecar.native.blas import Blas
 from mlx_sidecar.native.pages import Pages
-from mlx_sidecar.protocol.framing import FrameReader
+from mlx_sidecar.protocol import messages as m
+from mlx_sidecar.protocol.framing import Framing
 
 from .api.generate import GenerateApi
-from .api.lifecycle import LifecycleApi
+from .api.lifecycle import shutdown
 from .api.models import ModelsApi
+from .api.presence import PresenceApi
 from .api.stats import StatsApi
 from .api.tokens import TokensApi
 from .engine.sequence import Emission
 from .engine.thread import InferenceThread
 from .models.registry import ModelRegistry
 from .models.store import ModelStore
-from .server.connection import Connection, Handler
-from .server.handshake import Greeting
+from .server.channel import Channel
+from .server.connection import Connection, Handler, OnEvent
+from .server.exit_codes import UNAVAILABLE
+from .server.guests import CANCEL_SECONDS, FLUSH_SECONDS, Guests
 from .server.lifecycle import (
-    ENGINE_DIED,
-    FRAMING_LOST,
-    INPUT_ENDED,
-    OUTPUT_BROKEN,
     Ending,
     Lifecycle,
+    ending_of_host,
+    engine_died,
     watch_host,
     watch_signals,
 )
-from .server.outbox import Outbox
-from .server.stdio import PipeReader, Wire
+from .server.peer import Peer, PeerEvent
+from .server.unix_socket import Listener
 from .telemetry.counters import Counters
+from .telemetry.vitals import Vitals
 
 log = logging.getLogger("app")
 
-_CANCEL_SECONDS = 2.0
-_FLUSH_SECONDS = 2.0
 _ENGINE_STOP_SECONDS = 2.0
 
 
-def serve(settings: Settings, wire: Wire, greeting: Greeting) -> int:
-    """Serve the host at the other end of `wire` until one of us ends; return the exit code."""
-    return anyio.run(_serve, settings, wire, greeting, backend_options={"use_uvloop": True})
+def serve_host(settings: Settings, vitals: Vitals, host: Peer) -> int:
+    """Serve one host until one of us ends; return the exit code."""
+    return _run(settings, vitals, lambda app: app.serve_host(host))
 
 
-async def _serve(settings: Settings, wire: Wire, greeting: Greeting) -> int:
-    app = App(settings)
-    ending = await app.run(wire, greeting)
+def serve_guests(
+    settings: Settings,
+    vitals: Vitals,
+    listener: Listener,
+    framing: Framing | None,
+    on_ready: Callable[[], None],
+) -> int:
+    """Serve whoever connects, until a signal; return the exit code. `on_ready` is called when we do."""
+    return _run(settings, vitals, lambda app: app.serve_guests(listener, framing, on_ready))
+
+
+def _run(settings: Settings, vitals: Vitals, serve: "Callable[[App], None]") -> int:
+    return anyio.run(_serve, settings, vitals, serve, backend_options={"use_uvloop": True})
+
+
+async def _serve(settings: Settings, vitals: Vitals, serve: "Callable[[App], None]") -> int:
+    app = App(settings, vitals)
+    ending = await app.run(serve)
     log.info("ending: %s", ending.reason)
+    could_not_work = vitals.state == "failed" and ending.exit_code == 0
     app.engine.stop(_ENGINE_STOP_SECONDS)
-    return ending.exit_code
+    return UNAVAILABLE if could_not_work else ending.exit_code
 
 
 class App:
     """The parts of one process, and how they are joined. Built and run on the event loop."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, vitals: Vitals) -> None:
         self._settings = settings
+        self._vitals = vitals
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()
-        self._started_at = time.monotonic()
         self._lifecycle = Lifecycle()
-        self._blas, self._pages, self._counters = Blas(), Pages(), Counters()
-        self.engine = InferenceThread(self._deliver, partial(self._end_from_thread, ENGINE_DIED), self._blas)
+        self._tasks = anyio.create_task_group()
+        self._host: Connection | None = None
+        self._guests: Guests | None = None
+        blas, pages, counters = Blas(), Pages(), Counters()
+        self.engine = InferenceThread(self._deliver, self._on_engine_death, blas, vitals)
+        self._handlers = self._build(blas, pages, counters)
 
-    async def run(self, wire: Wire, greeting: Greeting) -> Ending:
-        """Serve one connection over `wire`; return why it ended, with everything said that had to be."""
-        outbox = Outbox(wire.write, partial(self._end_from_thread, OUTPUT_BROKEN))
-        ending: Ending | None = None
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(watch_signals, self._lifecycle.end)
-            lifecycle = LifecycleApi(self.engine, partial(self._watch, tasks), self._started_at)
-            connection = Connection(
-                outbox,
-                tasks,
-                self._handlers(lifecycle),
-                self._on_exit,
-                partial(self._lifecycle.end, FRAMING_LOST),
-                FrameReader(greeting.framing),
-            )
-            if greeting.accepted is not None:
-                lifecycle.opened(connection, greeting.accepted)
-                self.engine.start()
-            connection.feed(greeting.unread)
-            self._start_reader(wire, connection)
-            ending = await self._drain(connection)
-            tasks.cancel_scope.cancel()
-        outbox.close(_FLUSH_SECONDS)
-        assert ending is not None
-        return ending
+    async def run(self, serve: "Callable[[App], None]") -> Ending:
+        """Let `serve` begin, and return why it ended, with everything said that had to be."""
+        async with self._tasks:
+            self._tasks.start_soon(watch_signals, self._lifecycle.end)
+            serve(self)
+            await self._drain()
+            self._tasks.cancel_scope.cancel()
+        deadline = time.monotonic() + FLUSH_SECONDS
+        for connection in self._connections():
+            connection.flush()
+            connection.peer.outbox.wait_until_idle(max(deadline - time.monotonic(), 0))
+        return await self._lifecycle.wait()
 
-    def _watch(self, tasks: TaskGroup, process_id: int) -> None:
-        tasks.start_soon(watch_host, process_id, self._lifecycle.end)
+    def serve_host(self, host: Peer) -> None:
+        """Serve one host, whose end is ours."""
 
-    def _handlers(self, lifecycle: LifecycleApi) -> dict[str, Handler]:
+        def on_event(connection: Connection, event: PeerEvent) -> None:
+            self._lifecycle.end(ending_of_host(event, shut_down=connection.shut_down))
+
+        def on_open(params: m.InitializeParams) -> None:
+            self.engine.start()
+            if params.process_id is not None:
+                self._tasks.start_soon(watch_host, params.process_id, self._lifecycle.end)
+
+        self._host = self._connect(host, on_open, on_event)
+
+    def serve_guests(self, listener: Listener, framing: Framing | None, on_ready: Callable[[], None]) -> None:
+        """Serve whoever connects."""
+        immediate = PresenceApi(self._vitals).methods()
+
+        def open_connection(channel: Channel, on_event: OnEvent) -> Connection:
+            peer = Peer(channel, immediate, framing)
+            connection = self._connect(peer, lambda _: self.engine.start(), on_event)
+            peer.start()
+            return connection
+
+        self._guests = Guests(
+            listener,
+            open_connection,
+            self._post,
+            self._tasks,
+            grace_seconds=self._settings.eof_grace_seconds,
+            max_connections=self._settings.max_connections,
+        )
+        self._guests.start()
+        on_ready()
+
+    def _connect(
+        self, peer: Peer, on_open: Callable[[m.InitializeParams], None], on_event: OnEvent
+    ) -> Connection:
+        connection = Connection(peer, self._tasks, self._handlers, on_open, on_event)
+        peer.attach(connection, self._post)
+        return connection
+
+    def _connections(self) -> list[Connection]:
+        guests = self._guests.present if self._guests is not None else ()
+        return [*guests, *([self._host] if self._host is not None else [])]
+
+    def _build(self, blas: Blas, pages: Pages, counters: Counters) -> dict[str, Handler]:
         pool = anyio.CapacityLimiter(self._settings.tokenizer_threads)
         store = ModelStore(self._settings.home)
-        registry = ModelRegistry(self.engine, store, self._pages, pool, self._settings)
+        registry = ModelRegistry(self.engine, store, pages, pool, self._settings)
         models = ModelsApi(registry)
         tokens = TokensApi(registry, pool)
         return {
-            "initialize": lifecycle.initialize,
-            "ping": lifecycle.ping,
-            "shutdown": lifecycle.shutdown,
+            "shutdown": shutdown,
             "load": models.load,
             "unload": models.unload,
             "models": models.models,
-            "generate": GenerateApi(registry, self.engine, pool, self._counters).generate,
+            "generate": GenerateApi(registry, self.engine, pool, counters).generate,
             "tokenize": tokens.tokenize,
             "detokenize": tokens.detokenize,
-            "stats": StatsApi(
-                self.engine, registry, self._counters, self._blas, self._pages, self._started_at
-            ).stats,
+            "stats": StatsApi(self.engine, registry, counters, blas, pages, self._vitals).stats,
         }
-
-    def _start_reader(self, wire: Wire, connection: Connection) -> None:
-        def take(chunk: bytes) -> None:
-            connection.feed(chunk)
-            reader.release()
-
-        def on_chunk(chunk: bytes) -> None:
-            self._post(take, chunk)
-
-        def on_end() -> None:
-            self._post(connection.end_input)
-            self._end_from_thread(INPUT_ENDED)
-
-        reader = PipeReader(wire.read, on_chunk, on_end)
-        reader.start()
 
     def _deliver(self, emissions: list[Emission]) -> None:
         self._post(_hand_over, emissions)
 
-    def _end_from_thread(self, ending: Ending) -> None:
-        self._post(self._lifecycle.end, ending)
+    def _on_engine_death(self, error: BaseException) -> None:
+        self._post(self._lifecycle.end, engine_died(error))
 
     def _post(self, callback: Callable[..., object], *args: object) -> None:
-        """Call on the event loop, from another thread.
+        """Call on the event loop, from any thread.
 
         In the context of our own task: in the thread's empty one anyio cannot tell which loop it runs on.
         """
-        self._loop.call_soon_threadsafe(callback, *args, context=self._context)
+        # Closed only when everything has ended; a reader that notices later has nobody left to tell.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(callback, *args, context=self._context)
 
-    def _on_exit(self, connection: Connection) -> None:
-        self._lifecycle.end(Ending("the host said exit", 0 if connection.shut_down else 1))
-
-    async def _drain(self, connection: Connection) -> Ending:
+    async def _drain(self) -> None:
         """Wait for a reason to end; then let the accepted requests end, by themselves or cancelled."""
         ending = await self._lifecycle.wait()
-        if ending.grace:
+        if ending.grace and self._host is not None:
             with anyio.move_on_after(self._settings.eof_grace_seconds):
-                await self._settled_or_hurried(connection, ending)
-        connection.cancel_all()
-        with anyio.move_on_after(_CANCEL_SECONDS):
-            await connection.settled()
-        return await self._lifecycle.wait()
+                await self._settled_or_hurried(self._host, ending)
+        connections = self._connections()
+        for connection in connections:
+            connection.cancel_all()
+        with anyio.move_on_after(CANCEL_SECONDS):
+            for connection in connections:
+                await connection.settled()
 
     async def _settled_or_hurried(self, connection: Connection, ending: Ending) -> None:
         async with anyio.create_task_group() as race:

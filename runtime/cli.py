@@ -4,14 +4,13 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
 import msgspec
 
-from mlx_sidecar.config.settings import LogLevel, Settings, default_home
+from mlx_sidecar.config.settings import LogFormat, LogLevel, Settings, default_home
+from mlx_sidecar.protocol.framing import Framing
 from mlx_sidecar.protocol.version import VERSION
-
-INTERNAL_ERROR = 70
 
 _DEFAULTS = Settings(home=default_home(os.environ))
 
@@ -29,8 +28,35 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx-sidecar", description="A JSON-RPC sidecar runtime for MLX.")
     parser.add_argument("--version", action="version", version=VERSION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    serve = commands.add_parser(
-        "serve", help="serve the process that started this one, over stdin and stdout"
+    _add_serve(commands.add_parser("serve", help="serve the process that started this one, or many"))
+    _add_bringers(commands)
+    return parser
+
+
+def _add_serve(serve: argparse.ArgumentParser) -> None:
+    where = serve.add_mutually_exclusive_group()
+    where.add_argument(
+        "--pipe", type=Path, metavar="PATH", help="connect to the host, which listens on a Unix socket there"
+    )
+    where.add_argument(
+        "--listen",
+        type=Path,
+        metavar="PATH",
+        help="listen on a Unix socket there, in a private folder; any number of clients share one runtime",
+    )
+    where.add_argument(
+        "--listen-fds", action="store_true", help="listen on the socket that systemd or its like passed to us"
+    )
+    serve.add_argument(
+        "--framing",
+        choices=[framing.value for framing in Framing],
+        help="how messages are kept apart (default: found out from a client's first byte)",
+    )
+    serve.add_argument(
+        "--log-format",
+        choices=get_args(LogFormat),
+        default=_DEFAULTS.log_format,
+        help="lines for people, or one JSON object each (default: %(default)s)",
     )
     serve.add_argument(
         "--log-level",
@@ -43,49 +69,30 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         metavar="SECONDS",
         default=_DEFAULTS.eof_grace_seconds,
-        help="how long accepted requests may still run after stdin ends (default: %(default)s)",
+        help="how long accepted requests may still run after a client's last word (default: %(default)s)",
     )
+
+
+def _add_bringers(commands: Any) -> None:
     pull = commands.add_parser("pull", help="bring a model onto this machine")
     pull.add_argument("model", help="a known name such as smollm2-135m, or a hub id such as owner/model")
     pull.add_argument("--revision", help="branch, tag or commit of a hub model")
     load = commands.add_parser("import", help="make a model out of a GGUF file")
     load.add_argument("file", type=Path, help="the .gguf file")
     load.add_argument("name", help="what to call the model")
-    return parser
 
 
 def _serve(arguments: argparse.Namespace) -> NoReturn:
-    # Before the imports below: whatever they print must not reach the wire.
-    from .server.stdio import claim_stdio
+    from .serve import Endpoint, serve
 
-    wire = claim_stdio()
-    exit_code = INTERNAL_ERROR
-    try:
-        from .server.handshake import greet
-
-        greeting = greet(wire)
-        from .app import serve
-
-        settings = msgspec.structs.replace(
-            _DEFAULTS, log_level=arguments.log_level, eof_grace_seconds=arguments.eof_grace
-        )
-        _start_log(settings.log_level)
-        exit_code = serve(settings, wire, greeting)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    # Not sys.exit: with native threads in the process the interpreter's teardown is a place to crash, and
-    # everything that must be written has been.
-    sys.stderr.flush()
-    os._exit(exit_code)
-
-
-def _start_log(level: str) -> None:
-    import logging
-
-    layout = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(stream=sys.stderr, level=level.upper(), format=layout)
+    settings = msgspec.structs.replace(
+        _DEFAULTS,
+        log_level=arguments.log_level,
+        log_format=arguments.log_format,
+        eof_grace_seconds=arguments.eof_grace,
+    )
+    framing = Framing(arguments.framing) if arguments.framing else None
+    serve(settings, Endpoint(arguments.pipe, arguments.listen, arguments.listen_fds, framing))
 
 
 def _bring(arguments: argparse.Namespace) -> int:

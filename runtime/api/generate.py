@@ -17,7 +17,7 @@ from ..models.registry import LoadedModel, ModelRegistry
 from ..server.connection import Call
 from ..telemetry.counters import Counters
 from ..text.answer import Answer
-from .generation import Generation, GiveProgress
+from .generation import Generation
 from .tokens import check_ids, encode, only_one
 
 
@@ -39,6 +39,8 @@ class GenerateApi:
             InvalidParams, ModelNotLoaded, ContextOverflow, Unsupported, InternalError.
         """
         only_one("messages", {"messages": params.messages, "prompt": params.prompt, "tokens": params.tokens})
+        if not isinstance(params.partial_result_token, UnsetType):
+            call.open_stream(params.partial_result_token)
         # From now on a cancel ends in a result. Until there is a sequence it stops the waiting.
         waiting = anyio.CancelScope()
         call.on_cancel = waiting.cancel
@@ -59,7 +61,7 @@ class GenerateApi:
             self._counters.failed += 1
             raise
         if result is None:
-            result = _cancelled_before_it_began(arrived_at)
+            result = _cancelled_before_it_began(arrived_at, streamed=call.stream is not None)
         self._counters.count(result)
         return result
 
@@ -84,7 +86,7 @@ class GenerateApi:
         generation = Generation(
             Answer(model.tokenizer.stream(), stops),
             arrived_at,
-            _progress_of(params, call),
+            None if call.stream is None else call.progress,
             self._engine.cancel,
         )
         sequence = Sequence(
@@ -98,6 +100,7 @@ class GenerateApi:
         # Whoever was cancelled while waiting never becomes a sequence.
         await anyio.lowlevel.checkpoint_if_cancelled()
         call.on_cancel = lambda: self._engine.cancel(sequence)
+        call.on_overflow = lambda error: generation.fail(sequence, error)
         model.sequences.add(sequence)
         try:
             self._engine.submit(sequence)
@@ -107,13 +110,6 @@ class GenerateApi:
             # Does nothing to a sequence that has ended; ends one whose request is being torn down.
             self._engine.cancel(sequence)
         return generation.result(sequence)
-
-
-def _progress_of(params: m.GenerateParams, call: Call) -> GiveProgress | None:
-    token = params.partial_result_token
-    if isinstance(token, UnsetType):
-        return None
-    return lambda value: call.progress(token, value)
 
 
 def _sampling(params: m.GenerateParams, vocabulary: int) -> Sampling:
@@ -135,10 +131,15 @@ def _sampling(params: m.GenerateParams, vocabulary: int) -> Sampling:
     )
 
 
-def _cancelled_before_it_began(arrived_at: float) -> m.GenerateResult:
+def _cancelled_before_it_began(arrived_at: float, *, streamed: bool) -> m.GenerateResult:
     waited = (time.monotonic() - arrived_at) * 1000
-    return m.GenerateResult(
+    result = m.GenerateResult(
         finish_reason="cancelled",
         usage=m.Usage(prompt_tokens=0, completion_tokens=0),
         timings=m.Timings(queue_ms=waited, prefill_ms=0, ttft_ms=0, decode_ms=0, tokens_per_second=0),
     )
+    if streamed:
+        result.last_seq = result.text_bytes = 0
+    else:
+        result.text, result.tokens = "", []
+    return result

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import anyio
 
 from mlx_sidecar.protocol import messages as m
-from mlx_sidecar.protocol.errors import InternalError
+from mlx_sidecar.protocol.errors import InternalError, SidecarError
 
 from ..engine.sequence import Emission, FinishReason, Sequence
 from ..text.answer import Answer, Piece
@@ -36,6 +36,8 @@ class Generation:
         self._cancel = cancel
         self._pieces: list[Piece] = []
         self._seq = 0
+        self._text_bytes = 0
+        self._failure: SidecarError = InternalError()
         self._finish: FinishReason | None = None
         self._done = anyio.Event()
 
@@ -54,14 +56,22 @@ class Generation:
             self._cancel(emission.sequence)
             self._end("failed")
 
+    def fail(self, sequence: Sequence, error: SidecarError) -> None:
+        """End the answer with `error`, unless it has ended."""
+        if self._finish is None:
+            self._failure = error
+            self._cancel(sequence)
+            self._end("failed")
+
     def result(self, sequence: Sequence) -> m.GenerateResult:
         """Return the answer's end.
 
         Raises:
             InternalError: the engine failed under it.
+            SidecarError: what `fail` was given.
         """
         if self._finish is None or self._finish == "failed":
-            raise InternalError()
+            raise self._failure
         result = m.GenerateResult(
             finish_reason=self._finish,
             usage=m.Usage(prompt_tokens=len(sequence.prompt), completion_tokens=self._answer.token_count),
@@ -72,6 +82,7 @@ class Generation:
             result.tokens = [token for piece in self._pieces for token in piece.tokens]
         else:
             result.last_seq = self._seq
+            result.text_bytes = self._text_bytes
         return result
 
     def _take(self, emission: Emission) -> None:
@@ -92,6 +103,7 @@ class Generation:
         if self._give is None:
             self._pieces.append(piece)
         else:
+            self._text_bytes += len(piece.text.encode())
             self._give(m.GenerateProgress(seq=self._seq, text=piece.text, tokens=piece.tokens))
 
     def _end(self, finish: FinishReason) -> None:

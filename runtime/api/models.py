@@ -1,5 +1,7 @@
 """load, unload, models."""
 
+from collections.abc import Awaitable
+
 from mlx_sidecar.protocol import messages as m
 
 from ..models.registry import ModelRegistry
@@ -12,9 +14,9 @@ class ModelsApi:
     def __init__(self, registry: ModelRegistry) -> None:
         self._registry = registry
 
-    async def load(self, params: m.LoadParams, _: Call) -> m.LoadResult:
+    def load(self, params: m.LoadParams, _: Call) -> Awaitable[m.LoadResult]:
         """Load a model, evaluate all of its weights and warm it up."""
-        return await self._registry.load(params)
+        return self._registry.load(params)
 
     async def unload(self, params: m.UnloadParams, _: Call) -> m.UnloadResult:
         """Unload a model once nothing uses it."""

@@ -1,6 +1,5 @@
 """stats."""
 
-import time
 from concurrent.futures import Future
 
 from mlx_sidecar.native.blas import Blas
@@ -12,6 +11,7 @@ from ..engine.thread import InferenceThread
 from ..models.registry import ModelRegistry
 from ..server.connection import Call
 from ..telemetry.counters import Counters
+from ..telemetry.vitals import Vitals
 
 
 class StatsApi:
@@ -24,19 +24,19 @@ class StatsApi:
         counters: Counters,
         blas: Blas,
         pages: Pages,
-        started_at: float,
+        vitals: Vitals,
     ) -> None:
         self._engine = engine
         self._registry = registry
         self._counters = counters
         self._blas = blas
         self._pages = pages
-        self._started_at = started_at
+        self._vitals = vitals
 
     def stats(self, _: m.NoParams, __: Call) -> m.StatsResult:
         """Collect the document; cheap, and never waits for the engine."""
         return m.StatsResult(
-            uptime_ms=(time.monotonic() - self._started_at) * 1000,
+            uptime_ms=self._vitals.uptime_ms(),
             memory=self._memory(),
             requests=self._counters.requests(),
             tokens=self._counters.tokens(),
@@ -58,7 +58,7 @@ class StatsApi:
 
     def _engine_stats(self) -> m.EngineStats:
         stats = m.EngineStats(
-            state=self._engine.state, steps=self._engine.steps, sequences=self._engine.sequences
+            state=self._vitals.state, steps=self._engine.steps, sequences=self._engine.sequences
         )
         if (device := _device(self._engine.started())) is not None:
             stats.device = device.kind

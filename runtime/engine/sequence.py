@@ -6,7 +6,6 @@ from typing import Literal, NamedTuple
 
 from msgspec import Struct, field
 
-EngineState = Literal["starting", "ready", "failed", "stopping"]
 FinishReason = Literal["stop", "length", "cancelled", "failed"]
 
 

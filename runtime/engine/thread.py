@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlx_sidecar.native.blas import Blas
 
+from ..telemetry.vitals import Vitals
 from .mlx_start import start_mlx
-from .sequence import Device, Emission, EngineState, MemoryUse, Sequence
+from .sequence import Device, Emission, MemoryUse, Sequence
 
 if TYPE_CHECKING:
     from .batch import Batch
@@ -34,7 +35,10 @@ class InferenceThread:
     without having been asked to. The other methods may be called from any thread.
     """
 
-    def __init__(self, deliver: Deliver, on_death: Callable[[], None], blas: Blas) -> None:
+    def __init__(
+        self, deliver: Deliver, on_death: Callable[[BaseException], None], blas: Blas, vitals: Vitals
+    ) -> None:
+        self._vitals = vitals
         self._deliver = deliver
         self._on_death = on_death
         self._blas = blas
@@ -45,10 +49,8 @@ class InferenceThread:
         # Running, so that one waiter who gives up cannot cancel it for the others.
         self._started.set_running_or_notify_cancel()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
-        self.state: EngineState = "starting"
         self.steps = 0
         self.memory = MemoryUse()
-        self._last_step_at: float | None = None
 
     def start(self) -> None:
         """Begin importing MLX; idempotent."""
@@ -63,11 +65,6 @@ class InferenceThread:
     def sequences(self) -> int:
         """Sequences that wait, prefill or decode."""
         return sum(len(batch) for batch in list(self._batches.values()))
-
-    def last_step_age_ms(self) -> float | None:
-        """Return milliseconds since the last finished step while there is work; None when idle."""
-        last = self._last_step_at
-        return None if last is None else (time.monotonic() - last) * 1000
 
     def run(self, work: Callable[[], ResultT]) -> "Future[ResultT]":
         """Run `work` on this thread between two steps and return a future of its result."""
@@ -117,7 +114,7 @@ class InferenceThread:
         """End the thread after the current step; return whether it ended within `timeout` seconds."""
         if not self._thread.is_alive():
             return True
-        self.state = "stopping"
+        self._vitals.state = "stopping"
         self._commands.put(lambda: None)
         self._thread.join(timeout)
         return not self._thread.is_alive()
@@ -127,29 +124,29 @@ class InferenceThread:
             device = start_mlx(self._blas)
         except BaseException as error:
             log.exception("MLX could not be started")
-            self.state = "failed"
+            self._vitals.state = "failed"
             self._started.set_exception(error)
             return
-        if self.state == "starting":
-            self.state = "ready"
+        if self._vitals.state == "starting":
+            self._vitals.state = "ready"
         self._started.set_result(device)
         log.info("MLX %s is ready on %s after %.0f ms", device.mlx_version, device.kind, device.start_ms)
         try:
             self._loop()
             for model in list(self._batches):
                 self.detach(model)
-        except Exception:
-            log.critical("the inference thread cannot go on", exc_info=True)
-            self.state = "failed"
+        except Exception as error:
+            log.critical("the inference thread cannot go on", exc_info=error)
+            self._vitals.state = "failed"
             self._end(list(self._unfinished), "failed")
-            self._on_death()
+            self._on_death(error)
         finally:
             _clear_streams()
 
     def _loop(self) -> None:
-        while self.state != "stopping":
+        while self._vitals.state != "stopping":
             busy = any(len(batch) for batch in self._batches.values())
-            self._last_step_at = (self._last_step_at or time.monotonic()) if busy else None
+            self._vitals.last_step_at = (self._vitals.last_step_at or time.monotonic()) if busy else None
             self._obey(wait=not busy)
             self._step_all()
 
@@ -185,7 +182,7 @@ class InferenceThread:
             self._end(batch.reset(), "failed")
             return
         self.steps += 1
-        self._last_step_at = time.monotonic()
+        self._vitals.last_step_at = time.monotonic()
         self._note_memory()
         self._unfinished.difference_update(emission.sequence for emission in emissions if emission.finish)
         if emissions:

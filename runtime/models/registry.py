@@ -6,7 +6,7 @@ The networks themselves stay on the inference thread; a name is all that crosses
 import asyncio
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Awaitable, Generator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,26 +119,16 @@ class ModelRegistry:
             raise ModelNotLoaded(name)
         return model
 
-    async def load(self, params: m.LoadParams) -> m.LoadResult:
+    def load(self, params: m.LoadParams) -> Awaitable[m.LoadResult]:
         """Bring a model into memory; one that is there already is answered at once.
+
+        The entry is there when this returns, so that whatever is asked next finds it.
 
         Raises:
             ModelNotFound, InvalidModel, BackendUnavailable, InvalidParams.
         """
-        name = params.model
-        while (present := self._models.get(name)) is not None:
-            if present.state == "ready":
-                return _same_dtype(present, params)
-            await present.settled.wait()
-        model = self._models[name] = LoadedModel(name)
-        try:
-            await self._load(model, params)
-        except BaseException:
-            del self._models[name]
-            raise
-        finally:
-            model.settled.set()
-        return model.facts
+        present = self._models.get(params.model)
+        return self._bring(self._new(params.model), params) if present is None else self._join(present, params)
 
     async def unload(self, params: m.UnloadParams) -> m.UnloadResult:
         """Give a model's memory back, after its requests have ended; `force` ends them.
@@ -163,6 +153,28 @@ class ModelRegistry:
             model.settled.set()
         log.info("unloaded %s", model.name)
         return m.UnloadResult(model=model.name, state="unloaded")
+
+    def _new(self, name: str) -> LoadedModel:
+        model = self._models[name] = LoadedModel(name)
+        return model
+
+    async def _bring(self, model: LoadedModel, params: m.LoadParams) -> m.LoadResult:
+        try:
+            await self._load(model, params)
+        except BaseException:
+            del self._models[model.name]
+            raise
+        finally:
+            model.settled.set()
+        return model.facts
+
+    async def _join(self, present: LoadedModel, params: m.LoadParams) -> m.LoadResult:
+        while present.state != "ready":
+            await present.settled.wait()
+            if (now := self._models.get(params.model)) is None:
+                return await self._bring(self._new(params.model), params)
+            present = now
+        return _same_dtype(present, params)
 
     async def _load(self, model: LoadedModel, params: m.LoadParams) -> None:
         began = time.monotonic()

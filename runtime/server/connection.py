@@ -1,46 +1,62 @@
-"""One peer: its frames in, its answers out, its requests in flight."""
+"""One peer as the event loop sees it: its requests in flight, each answered exactly once."""
 
+import asyncio
 import inspect
-import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
-import msgspec
 from anyio.abc import TaskGroup
 
 from mlx_sidecar.protocol import errors, jsonrpc
-from mlx_sidecar.protocol.framing import Frame, FrameReader, Framing
-from mlx_sidecar.protocol.headers import FramingLost
-from mlx_sidecar.protocol.methods import CLIENT_NOTIFICATIONS, METHODS, PARAMS_DECODERS
-from mlx_sidecar.protocol.ndjson import FrameTooLarge
+from mlx_sidecar.protocol import messages as m
 
-from .outbox import Outbox
-
-log = logging.getLogger("server")
+from .intake import Incoming, as_sidecar_error
+from .outbox import MAX_UNSENT_BYTES, Item
+from .peer import Peer, PeerEvent
+from .stream import Stream
 
 Handler = Callable[[Any, "Call"], Any]
 """Takes decoded params and the call; returns the result, or an awaitable of it."""
+
+
+OnEvent = Callable[["Connection", PeerEvent], None]
 
 
 class Call:
     """A request in flight, as its handler sees it.
 
     A cancel stops the handler where it waits, and the answer is the error `cancelled`. A handler that can do
-    better sets `on_cancel` to what should happen instead. `after_answer` is called, on another thread, once
-    the answer has left the process.
+    better sets `on_cancel` to what should happen instead. `on_overflow` is given the error to fail with if
+    the client does not read the stream.
     """
 
-    def __init__(self, connection: "Connection", request_id: jsonrpc.RequestId) -> None:
+    def __init__(self, connection: "Connection", incoming: Incoming) -> None:
+        assert incoming.id is not None
         self.connection = connection
-        self.id = request_id
+        self.id = incoming.id
+        self.method = incoming.method
+        self.batch = incoming.batch
+        self.stream: Stream | None = None
         self._scope = anyio.CancelScope()
         self.on_cancel: Callable[[], None] = self._scope.cancel
-        self.after_answer: Callable[[], None] | None = None
+        self.on_overflow: Callable[[errors.SidecarError], None] = lambda _: None
 
-    def progress(self, token: int | str, value: object) -> None:
-        """Send `$/progress` for this call."""
-        self.connection.notify("$/progress", {"token": token, "value": value})
+    def open_stream(self, token: int | str) -> None:
+        """Let `progress` go out under `token`, and the response behind it.
+
+        Raises:
+            InvalidParams: another request in flight has the same token.
+        """
+        tokens = self.connection.tokens
+        if token in tokens:
+            raise errors.InvalidParams("partialResultToken", "belongs to another request in flight")
+        tokens.add(token)
+        self.stream = Stream(token, lambda: self.on_overflow(errors.SlowConsumer(MAX_UNSENT_BYTES)))
+
+    def progress(self, part: m.GenerateProgress) -> None:
+        """Send a part through the stream that was opened."""
+        self.connection.send(self.stream, part)
 
     async def run(self, work: Awaitable[Any]) -> Any:
         """Return the handler's result.
@@ -54,48 +70,63 @@ class Call:
 
 
 class Connection:
-    """Decodes frames, runs handlers, and answers every request exactly once.
+    """Runs a handler for each request of a peer; lives on the event loop.
 
-    Handlers that return an awaitable run as tasks; the others answer before the next frame is looked at, so
-    what follows an `initialize` in the same write already finds it done.
+    Handlers that return an awaitable run as tasks; the others answer before the next request is looked at.
+    `on_event` is told what becomes of the peer; `on_open`, with its parameters, of an accepted `initialize`.
     """
 
     def __init__(
         self,
-        outbox: Outbox,
+        peer: Peer,
         tasks: TaskGroup,
         handlers: dict[str, Handler],
-        on_exit: Callable[["Connection"], None],
-        on_lost: Callable[[], None],
-        reader: FrameReader,
+        on_open: Callable[[m.InitializeParams], None],
+        on_event: OnEvent,
     ) -> None:
-        self._outbox = outbox
+        self.peer = peer
+        self.tokens: set[int | str] = set()
         self._tasks = tasks
         self._handlers = handlers
-        self._on_exit = on_exit
-        self._on_lost = on_lost
-        self._reader = reader
+        self._on_open = on_open
+        self._on_event = on_event
+        self._loop = asyncio.get_running_loop()
         self._calls: dict[jsonrpc.RequestId, Call] = {}
         self._idle = anyio.Event()
-        self.initialized = False
-        self.shut_down = False
+        self._turn: list[Item] = []
 
     @property
-    def in_flight(self) -> int:
-        """Requests that have not been answered yet."""
-        return len(self._calls)
+    def shut_down(self) -> bool:
+        """Whether the peer has said `shutdown`."""
+        return self.peer.intake.shut_down
 
-    def feed(self, chunk: bytes) -> None:
-        """Take bytes from the peer."""
-        self._take_all(self._reader.feed(chunk))
+    def take(self, incoming: list[Incoming]) -> None:
+        """Deal with what the peer has said."""
+        for item in incoming:
+            if item.id is not None:
+                self._call(Call(self, item), item.params)
+            elif item.method == "$/cancelRequest":
+                self.cancel(item.params.id)
+            elif item.method == "initialize":
+                self._on_open(item.params)
+            elif item.method == "exit":
+                self._on_event(self, PeerEvent.EXIT)
 
-    def end_input(self) -> None:
-        """Take the last frame, if the peer left it without a newline."""
-        self._take_all(self._reader.close())
+    def happened(self, event: PeerEvent) -> None:
+        """Take note of what became of the peer."""
+        self._on_event(self, event)
 
-    def notify(self, method: str, params: object) -> None:
-        """Send a notification."""
-        self._send(jsonrpc.encode_notification(method, params))
+    def send(self, stream: Stream | None, content: m.GenerateProgress | bytes) -> None:
+        """Send a part or the response of a stream, or a control frame. One turn's go out together."""
+        if not self._turn:
+            self._loop.call_soon(self.flush)
+        self._turn.append((stream, content))
+
+    def flush(self) -> None:
+        """Hand over to the outbox what this turn of the event loop has sent."""
+        turn, self._turn = self._turn, []
+        if turn:
+            self.peer.outbox.put(turn)
 
     def cancel(self, request_id: jsonrpc.RequestId) -> None:
         """Cancel a request in flight; an id that is not in flight is ignored."""
@@ -114,106 +145,37 @@ class Connection:
             self._idle = anyio.Event()
             await self._idle.wait()
 
-    def _send(self, frame: bytes) -> None:
-        self._outbox.send((self._reader.framing or Framing.NDJSON).wrap(frame))
-
-    def _take_all(self, frames: list[Frame]) -> None:
-        for frame in frames:
-            try:
-                self._take(frame)
-            except Exception:
-                log.exception("a frame could not be taken")
-                self._refuse(None, errors.InternalError())
-
-    def _take(self, frame: Frame) -> None:
-        if isinstance(frame, FrameTooLarge):
-            self._refuse(None, errors.InvalidRequest("The line is longer than limits.maxFrameBytes."))
-            return
-        if isinstance(frame, FramingLost):
-            self._refuse(None, errors.InvalidRequest(f"{frame.problem} The connection cannot go on."))
-            self._on_lost()
-            return
+    def _call(self, call: Call, params: Any) -> None:
+        self._calls[call.id] = call
         try:
-            request = jsonrpc.decode_request(frame)
-        except jsonrpc.BadFrame as bad:
-            self._refuse(bad.request_id, bad.error)
-            return
-        if isinstance(request.id, msgspec.UnsetType):
-            self._notified(request.method, request.params)
-        else:
-            self._call(request.id, request.method, request.params)
-
-    def _notified(self, method: str, raw: msgspec.Raw) -> None:
-        if method not in CLIENT_NOTIFICATIONS:
-            return
-        try:
-            params = jsonrpc.decode_params(raw, PARAMS_DECODERS[method].decode)
-        except (errors.InvalidParams, jsonrpc.BadFrame):
-            log.warning("ignored a notification %s with wrong parameters", method)
-            return
-        if method == "exit":
-            self._on_exit(self)
-        else:
-            self.cancel(params.id)
-
-    def _call(self, request_id: jsonrpc.RequestId, method: str, raw: msgspec.Raw) -> None:
-        try:
-            params = self._accept(request_id, method, raw)
-        except errors.SidecarError as error:
-            self._refuse(request_id, error)
-            return
-        call = self._calls[request_id] = Call(self, request_id)
-        try:
-            result = self._handlers[method](params, call)
+            result = self._handlers[call.method](params, call)
         except Exception as error:
-            self._finish(call, _as_sidecar_error(method, error))
+            self._finish(call, as_sidecar_error(call.method, error))
             return
         if inspect.isawaitable(result):
-            self._tasks.start_soon(self._run, call, method, result)
+            self._tasks.start_soon(self._run, call, result)
         else:
             self._finish(call, result)
 
-    def _accept(self, request_id: jsonrpc.RequestId, method: str, raw: msgspec.Raw) -> Any:
-        if request_id in self._calls:
-            raise errors.DuplicateId(request_id)
-        entry = METHODS.get(method)
-        if entry is None:
-            raise errors.MethodNotFound(method)
-        if self.shut_down:
-            raise errors.ShuttingDown()
-        if not self.initialized and not entry.before_initialize:
-            raise errors.NotInitialized()
-        try:
-            return jsonrpc.decode_params(raw, PARAMS_DECODERS[method].decode)
-        except jsonrpc.BadFrame as bad:
-            raise bad.error from None
-
-    async def _run(self, call: Call, method: str, work: Awaitable[Any]) -> None:
+    async def _run(self, call: Call, work: Awaitable[Any]) -> None:
         outcome: Any = errors.RequestCancelled()
         try:
             outcome = await call.run(work)
         except Exception as error:
-            outcome = _as_sidecar_error(method, error)
+            outcome = as_sidecar_error(call.method, error)
         finally:
             # Also when the whole process is being torn down: every request is answered.
             self._finish(call, outcome)
 
     def _finish(self, call: Call, outcome: Any) -> None:
+        frame = jsonrpc.encode_outcome(call.id, outcome)
         del self._calls[call.id]
-        if isinstance(outcome, errors.SidecarError):
-            self._send(jsonrpc.encode_error(call.id, outcome.to_wire()))
+        # Before the response can be read: its id may come again at once.
+        self.peer.intake.in_flight.discard(call.id)
+        if call.stream is not None:
+            self.tokens.discard(call.stream.token)
+        if call.batch is not None:
+            call.batch.put(call.id, frame)
         else:
-            self._send(jsonrpc.encode_result(call.id, outcome))
-        if call.after_answer is not None:
-            self._outbox.then(call.after_answer)
+            self.send(call.stream, frame)
         self._idle.set()
-
-    def _refuse(self, request_id: jsonrpc.RequestId | None, error: errors.SidecarError) -> None:
-        self._send(jsonrpc.encode_error(request_id, error.to_wire()))
-
-
-def _as_sidecar_error(method: str, error: Exception) -> errors.SidecarError:
-    if isinstance(error, errors.SidecarError):
-        return error
-    log.error("the handler of %s failed", method, exc_info=error)
-    return errors.InternalError()

@@ -1,11 +1,4 @@
-"""When and how the process ends: the reasons, the watch on the host, the exit codes.
-
-0      `shutdown` then `exit`, or the end of stdin with nothing lost
-1      `exit` without `shutdown`, the host stopped reading, or its LSP headers were broken
-2      wrong command line
-70     the sidecar itself failed
-128+n  signal n
-"""
+"""When and how the process ends: the reasons, the watch on the host."""
 
 import os
 import signal
@@ -13,6 +6,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import anyio
+
+from . import exit_codes
+from .peer import PeerEvent
 
 _HOST_POLL_SECONDS = 1.0
 
@@ -25,11 +21,28 @@ class Ending(NamedTuple):
     grace: bool = False
 
 
-INPUT_ENDED = Ending("the host closed our stdin", 0, grace=True)
-HOST_DIED = Ending("the host process is gone", 0)
-OUTPUT_BROKEN = Ending("the host stopped reading", 1)
-FRAMING_LOST = Ending("the host's messages can no longer be told apart", 1)
-ENGINE_DIED = Ending("the inference thread died", 70)
+HOST_DIED = Ending("the host process is gone", exit_codes.CLEAN)
+
+_OF_THE_HOST = {
+    PeerEvent.INPUT_ENDED: Ending("the host has no more to say", exit_codes.CLEAN, grace=True),
+    PeerEvent.GONE: HOST_DIED,
+    PeerEvent.BROKEN: Ending("the host stopped reading", exit_codes.BROKEN_OFF),
+    PeerEvent.FRAMING_LOST: Ending("the host's messages can no longer be told apart", exit_codes.BROKEN_OFF),
+    PeerEvent.EXIT: Ending("the host said exit without shutdown", exit_codes.BROKEN_OFF),
+}
+
+
+def ending_of_host(event: PeerEvent, *, shut_down: bool) -> Ending:
+    """Return what `event` means for a process that serves one host."""
+    if event is PeerEvent.EXIT and shut_down:
+        return Ending("the host said exit", exit_codes.CLEAN)
+    return _OF_THE_HOST[event]
+
+
+def engine_died(error: BaseException) -> Ending:
+    """Return the ending for an inference thread that cannot go on."""
+    code = exit_codes.OUT_OF_MEMORY if isinstance(error, MemoryError) else exit_codes.INTERNAL_ERROR
+    return Ending("the inference thread died", code)
 
 
 class Lifecycle:

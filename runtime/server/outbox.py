@@ -1,63 +1,237 @@
-"""What waits to be written to one peer, and the thread that writes it.
+"""What waits to be written to one peer: a control lane, and a slot for every stream.
 
-Frames sent in one turn of the event loop go out in one write. Sending never waits for the pipe.
+Sending never waits for the pipe. While the pipe takes everything, whoever sends writes; when it does not, a
+thread takes over until it has caught up. Meanwhile control frames (responses, errors) overtake progress, and
+the parts of a stream gather in its slot, to go out as one.
 """
 
-import asyncio
 import logging
-import queue
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 
-from .stdio import write_all
+from mlx_sidecar.protocol import jsonrpc
+from mlx_sidecar.protocol.messages import GenerateProgress, ProgressParams
+
+from .channel import Channel
+from .stream import Stream
 
 log = logging.getLogger("server")
 
+MAX_UNSENT_BYTES = 16 * 1024 * 1024
+"""Enough for the fastest engine and a peer that stops reading for some ten seconds."""
+
+_WRITE_BYTES = 64 * 1024
+"""Streams fill a write up to here, so that a control frame never waits behind more than this."""
+
+Item = tuple[Stream | None, GenerateProgress | bytes]
+"""A part of a stream; or its response, which goes behind its parts; or, without a stream, a control frame"""
+
 
 class Outbox:
-    """Takes whole frames on the event loop and writes them, in order, on a thread of its own.
+    """What one peer is sent. Any thread may send.
 
-    `on_broken` is called on that thread, once, when the peer has closed its end.
+    `wrap` frames a message. `on_broken` is called once, on whichever thread, when the peer does not read any
+    more. `window` is the text, in bytes, that each stream may have under way without an ack; None is no
+    bound.
     """
 
-    def __init__(self, descriptor: int, on_broken: Callable[[], None]) -> None:
-        self._descriptor = descriptor
-        self._on_broken = on_broken
-        self._turn: list[bytes] = []
-        self._queue: queue.SimpleQueue[bytes | Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
-        self._thread.start()
+    def __init__(
+        self, channel: Channel, wrap: Callable[[bytes], bytes], max_unsent_bytes: int = MAX_UNSENT_BYTES
+    ) -> None:
+        self._channel = channel
+        self._wrap = wrap
+        self._max_unsent = max_unsent_bytes
+        self._state = threading.Condition()
+        self._control: deque[bytes] = deque()
+        self._ready: deque[Stream] = deque()
+        self._streams: dict[int | str, Stream] = {}
+        self._unsent = 0
+        self._writing = False
+        self._broken = False
+        self._rest = memoryview(b"")
+        self._has_rest = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._on_idle: list[Callable[[], None]] = []
+        self.on_broken: Callable[[], None] = lambda: None
+        self.window: int | None = None
 
     def send(self, frame: bytes) -> None:
-        """Queue one frame, wrapped. Call on the event loop."""
-        if not self._turn:
-            asyncio.get_running_loop().call_soon(self._end_turn)
-        self._turn.append(frame)
+        """Send a control frame."""
+        self.put(((None, frame),))
 
-    def then(self, callback: Callable[[], None]) -> None:
-        """Call `callback` on the writing thread once everything sent so far has been written."""
-        self._end_turn()
-        self._queue.put(callback)
+    def put(self, items: Iterable[Item]) -> None:
+        """Send all of `items`; in one write, if the pipe has room for them."""
+        overflowed: list[Stream] = []
+        with self._state:
+            flooded = self._unsent > 2 * self._max_unsent
+            for stream, content in items:
+                if isinstance(content, bytes):
+                    self._put_frame(stream, content)
+                elif stream is not None and not self._put_part(stream, content):
+                    overflowed.append(stream)
+            mine = self._begin()
+        for stream in overflowed:
+            stream.on_overflow()
+        if flooded:
+            log.warning("the peer does not read what it asked for")
+            self._break()
+        elif mine:
+            self._write_here()
 
-    def close(self, timeout: float) -> None:
-        """Write what is queued, for at most `timeout` seconds."""
-        self._end_turn()
-        self._queue.put(None)
-        self._thread.join(timeout)
+    def ack(self, token: int | str, seq: int) -> None:
+        """Confirm a stream up to `seq`; an unknown token is ignored."""
+        with self._state:
+            stream = self._streams.get(token)
+            if stream is None:
+                return
+            stream.ack(seq)
+            self._queue(stream)
+            mine = self._begin()
+        if mine:
+            self._write_here()
 
-    def _end_turn(self) -> None:
-        if self._turn:
-            self._queue.put(b"".join(self._turn))
-            self._turn = []
+    def when_idle(self, callback: Callable[[], None]) -> None:
+        """Call `callback`, on whichever thread, once all that was sent has been written or never will be."""
+        with self._state:
+            if self._writing:
+                self._on_idle.append(callback)
+                return
+        callback()
+
+    def wait_until_idle(self, timeout: float | None) -> None:
+        """Return once all that was sent has been written or never will be, or after `timeout` seconds."""
+        with self._state:
+            self._state.wait_for(lambda: not self._writing, timeout)
+
+    def stop(self) -> None:
+        """Drop what is left and end the thread. Close the channel first: nobody may be stuck in a write."""
+        self._break()
+        self.wait_until_idle(None)
+
+    def _put_frame(self, stream: Stream | None, frame: bytes) -> None:
+        self._unsent += len(frame)
+        if stream is None:
+            self._control.append(frame)
+        else:
+            stream.response = frame
+            self._queue(stream)
+
+    def _put_part(self, stream: Stream, part: GenerateProgress) -> bool:
+        """Return whether there is room for more."""
+        self._streams[stream.token] = stream
+        self._unsent += stream.add(part)
+        self._queue(stream)
+        return self._unsent <= self._max_unsent or self._broken
+
+    def _queue(self, stream: Stream) -> None:
+        if not stream.queued and stream.ready(self.window):
+            stream.queued = True
+            self._ready.append(stream)
+
+    def _begin(self) -> bool:
+        """Return whether it is for the caller to write now. Needs the lock."""
+        if self._broken:
+            self._drop()
+        if self._writing or not (self._control or self._ready):
+            return False
+        self._writing = True
+        return True
+
+    def _write_here(self) -> None:
+        while data := self._next():
+            try:
+                sent = self._channel.try_write(data)
+            except OSError:
+                self._fail()
+                return
+            if sent < len(data):
+                self._leave_to_thread(memoryview(data)[sent:])
+                return
+
+    def _leave_to_thread(self, rest: memoryview) -> None:
+        self._rest = rest
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+            self._thread.start()
+        self._has_rest.set()
 
     def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if not isinstance(item, bytes):
-                item()
-                continue
-            try:
-                write_all(self._descriptor, item)
-            except OSError as error:
-                log.info("the host has closed its end (%s)", error.strerror)
-                self._on_broken()
+        while self._has_rest.wait():
+            self._has_rest.clear()
+            if self._rest:
+                self._write_on_thread()
+            if self._broken:
                 return
+
+    def _write_on_thread(self) -> None:
+        data: bytes | memoryview = self._rest
+        self._rest = memoryview(b"")
+        try:
+            while data:
+                self._channel.write_all(data)
+                data = self._next()
+        except OSError:
+            self._fail()
+
+    def _next(self) -> bytes:
+        """Return what to write next: control frames, then parts of streams. Nothing left ends the writing."""
+        frames: list[bytes] = []
+        size = 0
+        with self._state:
+            while size < _WRITE_BYTES and (self._control or self._ready):
+                frame = self._next_control() if self._control else self._next_of_a_stream()
+                frames.append(frame)
+                size += len(frame)
+            if not frames:
+                self._end_writing()
+        return b"".join(frames)
+
+    def _next_control(self) -> bytes:
+        frame = self._control.popleft()
+        self._unsent -= len(frame)
+        return self._wrap(frame)
+
+    def _next_of_a_stream(self) -> bytes:
+        stream = self._ready.popleft()
+        stream.queued = False
+        part, cost = stream.take(self.window)
+        self._unsent -= cost
+        frame = b""
+        if part is not None:
+            value = ProgressParams(token=stream.token, value=part)
+            frame = self._wrap(jsonrpc.encode_notification("$/progress", value))
+        if (response := stream.ended()) is not None:
+            self._unsent -= len(response)
+            self._streams.pop(stream.token, None)
+            return frame + self._wrap(response)
+        self._queue(stream)
+        return frame
+
+    def _fail(self) -> None:
+        """Whoever writes has found that it cannot."""
+        self._break()
+        with self._state:
+            self._end_writing()
+
+    def _break(self) -> None:
+        with self._state:
+            first, self._broken = not self._broken, True
+            self._drop()
+        self._has_rest.set()
+        if first:
+            self.on_broken()
+
+    def _drop(self) -> None:
+        self._control.clear()
+        self._ready.clear()
+        self._streams.clear()
+        self._unsent = 0
+
+    def _end_writing(self) -> None:
+        """Nothing is left to write. Needs the lock."""
+        self._writing = False
+        self._state.notify_all()
+        callbacks, self._on_idle = self._on_idle, []
+        for callback in callbacks:
+            callback()

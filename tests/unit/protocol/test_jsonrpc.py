@@ -103,13 +103,13 @@ def test_line_separators_of_javascript_are_escaped() -> None:
 
 
 def test_a_lone_surrogate_does_not_cost_the_answer() -> None:
-    frame = jsonrpc.encode_result(1, {"text": ["a\ud800b"]})
+    frame = jsonrpc.encode_outcome(1, {"text": ["a\ud800b"]})
     assert json.loads(frame) == {"jsonrpc": "2.0", "id": 1, "result": {"text": ["a?b"]}}
 
 
 def test_numbers_that_json_lacks_become_null() -> None:
-    assert json.loads(jsonrpc.encode_result(1, {"x": float("-inf")}))["result"] == {"x": None}
+    assert json.loads(jsonrpc.encode_outcome(1, {"x": float("-inf")}))["result"] == {"x": None}
 
 
 def test_success_without_a_value_still_has_a_result() -> None:
-    assert json.loads(jsonrpc.encode_result(1, None)) == {"jsonrpc": "2.0", "id": 1, "result": None}
+    assert json.loads(jsonrpc.encode_outcome(1, None)) == {"jsonrpc": "2.0", "id": 1, "result": None}

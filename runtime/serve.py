@@ -1,0 +1,118 @@
+"""`mlx-sidecar serve`: from a command line to a running app.
+
+A host is answered before the app is even imported; see `server/peer`.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from msgspec import Struct
+from msgspec.json import encode
+
+from mlx_sidecar.config.settings import Settings
+from mlx_sidecar.protocol.framing import Framing
+
+from .server import exit_codes
+from .server.stdio import Wire, claim_stdio
+
+if TYPE_CHECKING:
+    from .server.channel import Channel
+    from .server.unix_socket import Listener
+
+
+class Endpoint(Struct, frozen=True):
+    """Whom to serve: the host at `pipe`, guests at `listen` or a passed socket, else the host at stdio."""
+
+    pipe: Path | None = None
+    listen: Path | None = None
+    passed_socket: bool = False
+    framing: Framing | None = None
+
+
+def serve(settings: Settings, endpoint: Endpoint) -> NoReturn:
+    """Serve until there is a reason to end, and end the process with its exit code."""
+    # First of all: whatever an import prints must not reach the wire.
+    wire = claim_stdio()
+    exit_code = exit_codes.INTERNAL_ERROR
+    try:
+        exit_code = _serve(settings, endpoint, wire)
+    except BaseException as error:
+        import traceback
+
+        traceback.print_exc()
+        if isinstance(error, MemoryError):
+            exit_code = exit_codes.OUT_OF_MEMORY
+    # Not sys.exit: with native threads in the process the interpreter's teardown is a place to crash, and
+    # everything that must be written has been.
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def _serve(settings: Settings, endpoint: Endpoint, wire: Wire) -> int:
+    from .server.channel import Channel
+
+    if endpoint == Endpoint(framing=endpoint.framing):
+        return _serve_host(settings, Channel(wire.read, wire.write), endpoint.framing)
+    from .server.unix_socket import AlreadyServed, Listener, SocketError, connect
+
+    try:
+        if endpoint.pipe is not None:
+            return _serve_host(settings, Channel.over(connect(endpoint.pipe)), endpoint.framing)
+        listener = Listener.bind(endpoint.listen) if endpoint.listen else Listener.adopt(os.environ)
+    except SocketError as error:
+        sys.stderr.write(f"mlx-sidecar: {error}\n")
+        return exit_codes.ALREADY_SERVED if isinstance(error, AlreadyServed) else exit_codes.USAGE
+    try:
+        return _serve_guests(settings, listener, endpoint.framing, _announcement(listener, wire))
+    finally:
+        listener.close()
+
+
+def _serve_host(settings: Settings, channel: "Channel", framing: Framing | None) -> int:
+    from .api.presence import PresenceApi
+    from .server.peer import Peer
+    from .telemetry.vitals import Vitals
+
+    vitals = Vitals()
+    host = Peer(channel, PresenceApi(vitals).methods(), framing)
+    host.greet()
+    host.start()
+    from .app import serve_host
+
+    _start_log(settings)
+    return serve_host(settings, vitals, host)
+
+
+def _serve_guests(
+    settings: Settings, listener: "Listener", framing: Framing | None, on_ready: Callable[[], None]
+) -> int:
+    from .app import serve_guests
+    from .telemetry.vitals import Vitals
+
+    _start_log(settings)
+    return serve_guests(settings, Vitals(), listener, framing, on_ready)
+
+
+def _start_log(settings: Settings) -> None:
+    from .telemetry.logs import start_log
+
+    start_log(settings.log_level, settings.log_format)
+
+
+def _announcement(listener: "Listener", wire: Wire) -> Callable[[], None]:
+    """Return a function that tells whoever started us that clients may come; nothing else goes to stdout."""
+
+    def announce() -> None:
+        from .server.unix_socket import notify_ready
+
+        line = encode({"event": "listening", "path": listener.address}) + b"\n"
+        with suppress(OSError):  # Nobody may want to know.
+            os.write(wire.write, line)
+        os.close(wire.write)
+        notify_ready(os.environ)
+
+    return announce

@@ -1,0 +1,111 @@
+"""One peer from its first byte, event loop or not: the thread that reads, the intake, the outbox.
+
+Whatever the intake does not answer itself waits here, in order, until a connection on the event loop takes
+it.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from mlx_sidecar.protocol.framing import FrameReader, Framing
+
+from .channel import Channel
+from .intake import Immediate, Incoming, Intake
+from .outbox import Outbox
+
+if TYPE_CHECKING:
+    from .connection import Connection
+
+_CHUNKS_AHEAD = 16
+
+
+class PeerEvent(Enum):
+    """What can become of a peer."""
+
+    INPUT_ENDED = "it will say no more"
+    FRAMING_LOST = "its messages can no longer be told apart"
+    BROKEN = "it stopped reading"
+    GONE = "it is gone"
+    EXIT = "it said exit"
+
+
+Event = Callable[["Connection"], None]
+
+
+class Peer:
+    """The other end of a channel. `framing` pins what is otherwise found out from the first byte.
+
+    After `_CHUNKS_AHEAD` chunks that nobody has taken the thread stops reading, so a host that floods us
+    fills its own pipe and not our memory.
+    """
+
+    def __init__(
+        self, channel: Channel, immediate: dict[str, Immediate], framing: Framing | None = None
+    ) -> None:
+        reader = FrameReader(framing)
+        self.channel = channel
+        self.outbox = Outbox(channel, lambda frame: (reader.framing or Framing.NDJSON).wrap(frame))
+        self.intake = Intake(reader, self.outbox, immediate)
+        self._events: deque[Event] = deque()
+        self._wake: Callable[[], None] = lambda: None
+        self._room = threading.Semaphore(_CHUNKS_AHEAD)
+        self.outbox.on_broken = lambda: self._happened(PeerEvent.BROKEN)
+        # A daemon: blocked in a read it holds no lock, and the process may end under it.
+        self._thread = threading.Thread(target=self._run, name="reader", daemon=True)
+
+    def greet(self) -> None:
+        """Deal, here and now, with what the peer has said already."""
+        if self.channel.has_input():
+            self._room.acquire()
+            self._take(self.channel.read())
+
+    def start(self) -> None:
+        """Begin reading."""
+        self._thread.start()
+
+    def attach(self, connection: "Connection", post: Callable[[Callable[[], None]], None]) -> None:
+        """Let `connection` take, on the event loop, what has happened and what will; `post` calls there."""
+
+        def take_all() -> None:
+            while self._events:
+                self._events.popleft()(connection)
+
+        self._wake = lambda: post(take_all)
+        take_all()
+
+    def _run(self) -> None:
+        while not self.intake.lost:
+            self._room.acquire()
+            if not (chunk := self.channel.read()):
+                self._take_in(self.intake.end())
+                break
+            self._take(chunk)
+        self._happened(PeerEvent.FRAMING_LOST if self.intake.lost else PeerEvent.INPUT_ENDED)
+        self.channel.wait_until_gone()
+        self._happened(PeerEvent.GONE)
+        self.outbox.stop()
+        self.channel.release()
+
+    def _take(self, chunk: bytes) -> None:
+        self._take_in(self.intake.feed(chunk))
+
+    def _take_in(self, incoming: list[Incoming]) -> None:
+        if not incoming:
+            self._room.release()
+            return
+
+        def take(connection: "Connection") -> None:
+            connection.take(incoming)
+            self._room.release()
+
+        self._add(take)
+
+    def _happened(self, event: PeerEvent) -> None:
+        self._add(lambda connection: connection.happened(event))
+
+    def _add(self, event: Event) -> None:
+        self._events.append(event)
+        self._wake()
