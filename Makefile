@@ -44,7 +44,15 @@ check: $(DONE)/install $(DONE)/node_modules ## ruff, pyright, tsc, clang-format
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/clang-format --dry-run --Werror native/src/*.cpp native/include/mlx_sidecar/*.hpp
 	@$(BIN)/pyright --warnings
+	@cd $(TS) && node scripts/generate.mjs --check
 	@cd $(TS) && npx --no-install tsc --noEmit
+
+.PHONY: generate
+generate: $(DONE)/install $(DONE)/node_modules ## write what is made from the protocol's types
+	@mkdir -p build
+	@$(BIN)/mlx-sidecar schema > build/openrpc.json && mv build/openrpc.json protocol/openrpc.json
+	@$(BIN)/mlx-sidecar schema --format markdown > build/protocol.md && mv build/protocol.md docs/protocol.md
+	@cd $(TS) && node scripts/generate.mjs
 
 .PHONY: format
 format: $(DONE)/install ## rewrite the code in the house style

@@ -23,15 +23,15 @@ document is [protocol/openrpc.json](../protocol/openrpc.json), printed by `mlx-s
 
 ## Connections
 
-| command | who connects | for whom |
+| `mlx-sidecar` | connection | peers |
 |---|---|---|
-| `mlx-sidecar serve` | – | the process that started it, over stdin and stdout |
-| `mlx-sidecar serve --pipe PATH` | the sidecar, to a Unix socket at which the host listens | that host |
-| `mlx-sidecar serve --listen PATH` | clients, to a Unix socket that the sidecar makes | all who connect |
-| `mlx-sidecar serve --listen-fds` | clients, to a socket that systemd or its like passed on | all who connect |
+| `serve` | stdin and stdout | the host, which started it |
+| `serve --pipe PATH` | the sidecar connects to a Unix socket at which the host listens | the host |
+| `serve --listen PATH` | clients connect to a Unix socket that the sidecar makes | any number |
+| `serve --listen-fds` | clients connect to a socket that systemd or its like passed on | any number |
 
-A sidecar that listens makes its socket in a folder of mode 0700, admits only its own user and root, and shares
-its models among all connections. Once clients may come, it writes one line to stdout and closes it:
+A sidecar that listens makes its socket in a folder of mode 0700, admits only its own user and root, and lets
+all connections share its models. Once clients may come, it writes one line to stdout and closes it:
 `{"event":"listening","path":PATH}`. Logs always go to stderr.
 
 ## Frames
@@ -45,11 +45,11 @@ U+0085, so readers that take them for line ends are safe.
   answers with all limits.
 - A line that is too long or is not JSON is answered with `id` null, and the next one is read. Broken headers
   cannot be skipped: they are answered, and the connection ends.
-- `jsonrpc` is always `"2.0"`. An `id` is a string or an integer within ±(2^53 - 1); 0 and `""` are ids, null and
-  fractions are not. It may be used again once its response is there.
-- `params` is an object; without it, or with null, it is `{}`. A member that is not listed here is an error, and
-  `data.path` names it. Results and notifications may gain members and enumerations may gain values: a client
-  ignores what it does not know.
+- `jsonrpc` is always `"2.0"`. An `id` is a string or an integer within ±(2^53 - 1); 0 and `""` are ids, null
+  and fractions are not. It may be used again once its response is there.
+- `params` is an object; without it, or with null, it is `{}`. A member that is not listed here is an error,
+  and `data.path` names it. Results and notifications may gain members and enumerations may gain values: a
+  client ignores what it does not know.
 - Every request gets exactly one response. A success without a value has `"result":null`. Responses come when
   the work is done, in no other order. A message without an `id` is never answered; an unknown one is ignored.
 
@@ -60,10 +60,10 @@ request. The server never sends a batch of its own accord.
 
 ## Life of a connection
 
-1. `initialize` comes first. Its response does not wait for MLX and is the sign that the sidecar is up. Before it
-   only the methods that say so below are answered; others get `not_initialized`. A second one is refused.
+1. `initialize` comes first. Its response does not wait for MLX and is the sign that the sidecar is up. Before
+   it only the methods that say so below are answered; others get `not_initialized`. A second one is refused.
 2. `capabilities` in its answer maps features to true: `streaming`, `cancel`, `batch`, `flowControl`.
-3. `shutdown` cancels what the connection has in flight and is answered last of all; a request after it gets
+3. `shutdown` cancels what the connection has in flight and is answered behind it; a request after it gets
    `shutting_down`. The notification `exit` then ends the connection. Closing the input is as good: what was
    accepted may run on for `--eof-grace` seconds, so `mlx-sidecar serve < requests` gives every answer.
 4. A sidecar that serves one host ends with the connection, and with the process that `processId` names. One
@@ -83,8 +83,8 @@ request. The server never sends a batch of its own accord.
 
 ## Streams
 
-A request with a `partialResultToken` is streamed; one without brings no notification at all. No two requests in
-flight on a connection have the same token.
+A request with a `partialResultToken` is streamed; one without brings no notification at all. No two requests
+in flight on a connection have the same token.
 
 - Each part comes as `$/progress` with the token: all of them before the request's response, none after it.
 - `seq` counts parts from 1. While the connection is busy, consecutive parts are merged into one value: their

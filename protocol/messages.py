@@ -75,8 +75,9 @@ class FlowControl(Params):
 class InitializeParams(Params):
     """Who is calling, and what it can do.
 
-    `protocolVersion` is 1; any other is refused. `processId` is the process to end with: when it is gone, so
-    is a sidecar that serves it alone. No `capabilities` of clients are known yet; they are ignored.
+    `protocolVersion` is the one that the client speaks; one that the server does not is refused. `processId`
+    is the process to end with: when it is gone, so is a sidecar that serves it alone. No `capabilities` of
+    clients are known yet; they are ignored.
     """
 
     protocol_version: int
@@ -331,7 +332,7 @@ class GenerateResult(Result):
 
 
 class TokenizeParams(Params):
-    """One of `text` and `messages`. Messages go through the model's chat template."""
+    """One of `text` and `messages`. `addSpecialTokens` is for a text; a chat template brings its own."""
 
     model: ModelName
     text: Text | UnsetType = UNSET
@@ -384,7 +385,7 @@ class PagesStats(NativeComponent):
 
 
 class NativeStats(Result):
-    """One entry per native component."""
+    """One entry per native component: whether it is `active`, and if not, the `reason`."""
 
     blas: BlasStats
     pages: PagesStats
@@ -417,7 +418,10 @@ class TokenStats(Result):
 
 
 class EngineStats(Result):
-    """The inference thread. `device` is absent until MLX has started."""
+    """The inference thread. `steps` counts decode steps so far, `sequences` what waits or is decoded now.
+
+    `device` and what follows are absent until MLX has started, which took `startMs`.
+    """
 
     state: EngineState
     steps: int

@@ -14,8 +14,8 @@ ErrorTypes = tuple[type[e.SidecarError], ...]
 class Method(Struct, frozen=True):
     """A request method. `result` None means the answer is null; a `dict` is a document of its own schema.
 
-    `errors` are those that only some methods have; a broken frame, wrong parameters, an internal error and a
-    cancel can happen to all. `progress` is the type of the values that a `partialResultToken` asks for.
+    `errors` are those that only some methods have; a broken frame, wrong parameters and an internal error can
+    happen to all, and an answer that is too large or a cancel to all that need the connection to be open. `progress` is the type of the values that a `partialResultToken` asks for.
     """
 
     name: str
@@ -99,14 +99,14 @@ METHODS = {
             "Turns a text, or messages in the model's chat template, into ids.",
             m.TokenizeParams,
             m.TokenizeResult,
-            (e.ModelNotLoaded, e.Unsupported, e.ResponseTooLarge),
+            (e.ModelNotLoaded, e.Unsupported),
         ),
         Method(
             "detokenize",
             "Turns ids into text.",
             m.DetokenizeParams,
             m.DetokenizeResult,
-            (e.ModelNotLoaded, e.ResponseTooLarge),
+            (e.ModelNotLoaded,),
         ),
         Method(
             "stats",
@@ -120,6 +120,7 @@ METHODS = {
             "`exit` may follow.",
             m.NoParams,
             None,
+            (e.RequestCancelled,),
             before_initialize=True,
             in_batch=False,
         ),

@@ -141,9 +141,10 @@ def _errors_of(entry: Method) -> Iterator[type[e.SidecarError]]:
     yield from (e.ParseError, e.InvalidRequest, e.InvalidParams, e.InternalError)
     if not entry.before_initialize:
         yield e.NotInitialized
-    # A result with a finish reason says itself that it was cancelled.
-    if "finish_reason" not in getattr(entry.result, "__struct_fields__", ()):
-        yield e.RequestCancelled
+        yield e.ResponseTooLarge
+        # A result with a finish reason says itself that it was cancelled.
+        if "finish_reason" not in getattr(entry.result, "__struct_fields__", ()):
+            yield e.RequestCancelled
     yield from (error for error in entry.errors if error is not e.InvalidRequest)
 
 

@@ -27,8 +27,9 @@ _NUMBERS: dict[float, str] = {
 }
 _TYPES = "What stands inside the messages above, and the frames around them."
 _ERRORS = """\
-`data` always holds `kind` and `retryable`. Switch on `kind`, never on the message. Any request can fail with
-{common}, or another kind of the same code; the methods list what else each of them can fail with."""
+`data` always holds `kind` and `retryable`. Switch on `kind`, never on the message. The methods list only what
+not every request can meet. Any can meet {common};
+what names no method gets `method_not_found`."""
 
 
 def markdown(document: Json) -> str:
@@ -37,9 +38,11 @@ def markdown(document: Json) -> str:
     errors = components["errors"]
     calls = [entry for entry in document["methods"] if "result" in entry]
     messages = [entry for entry in document["methods"] if "result" not in entry]
+    common = _common_codes(calls, errors)
     parts = [INTRODUCTION, "## Methods"]
     for entry in calls:
-        parts += [*_message(entry, components), *_answer(entry, components)]
+        own = [error for error in _errors_of(entry, errors) if error["code"] not in common]
+        parts += [*_message(entry, components), *_answer(entry, components), _own_errors(own)]
     parts.append("## Notifications from the client")
     for entry in messages:
         parts += _message(entry, components)
@@ -48,9 +51,9 @@ def markdown(document: Json) -> str:
         parts += _message(entry, components)
     parts += ["## Types", _TYPES]
     for schema in _types_inside(document):
-        parts += [f"### `{schema['title']}`", *_described(schema)]
-    common = [f"`{name}`" for name in errors if all(name in _errors_of(entry) for entry in calls)]
-    parts += ["## Errors", _ERRORS.format(common=", ".join(common)), _error_table(errors)]
+        parts += [f"### Type `{schema['title']}`", *_described(schema)]
+    kinds = ", ".join(f"`{kind}`" for kind, error in errors.items() if error["code"] in common)
+    parts += ["## Errors", _ERRORS.format(common=kinds), _error_table(errors)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -60,6 +63,8 @@ def _message(entry: Json, components: Json) -> Iterator[str]:
     if entry["params"]:
         yield f"**Parameters.** {_named(entry['x-params'], components)['description']}"
         yield _table(("parameter", "type", "default", "meaning"), map(_param, entry["params"]))
+    else:
+        yield "**Parameters.** None."
 
 
 def _answer(entry: Json, components: Json) -> Iterator[str]:
@@ -71,8 +76,6 @@ def _answer(entry: Json, components: Json) -> Iterator[str]:
     else:
         yield f"**Result.** {_type(result).capitalize()}."
     yield f"**Rules.** {_rules(entry)}"
-    errors = (components["errors"][_name(reference)] for reference in entry["errors"])
-    yield "**Errors.** " + ", ".join(f"`{error['data']['kind']}` ({error['code']})" for error in errors) + "."
 
 
 def _rules(entry: Json) -> str:
@@ -110,6 +113,23 @@ def _described(schema: Json) -> Iterator[str]:
     yield _table(("member", "type", "meaning"), rows)
 
 
+def _errors_of(entry: Json, errors: Json) -> list[Json]:
+    return [errors[_name(reference)] for reference in entry["errors"]]
+
+
+def _common_codes(calls: list[Json], errors: Json) -> set[int]:
+    codes: list[set[int]] = [{error["code"] for error in _errors_of(entry, errors)} for entry in calls]
+    return codes[0].intersection(*codes)
+
+
+def _own_errors(errors: list[Json]) -> str:
+    named: list[str] = []
+    for error in errors:
+        retryable = ", retryable" if error["data"]["retryable"] else ""
+        named.append(f"`{error['data']['kind']}` ({error['code']}{retryable})")
+    return f"**Errors.** {', '.join(named) or 'None of its own'}."
+
+
 def _error_table(errors: Json) -> str:
     rows = (
         (f"`{kind}`", str(error["code"]), "yes" if error["data"]["retryable"] else "no", error["message"])
@@ -134,7 +154,7 @@ def _type(schema: Json) -> str:
     bounds = _bounds(schema)
     match schema:
         case {"$ref": _}:
-            words = f"[`{_name(schema)}`](#{_name(schema).lower()})"
+            words = f"[`{_name(schema)}`](#type-{_name(schema).lower()})"
         case {"anyOf": choices}:
             words = " or ".join(_type(choice) for choice in choices)
         case {"enum": values}:

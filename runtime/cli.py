@@ -18,10 +18,7 @@ _DEFAULTS = Settings(home=default_home(os.environ))
 def main() -> NoReturn:
     """Run `mlx-sidecar` with the arguments of the process."""
     arguments = _parser().parse_args()
-    if arguments.command == "serve":
-        _serve(arguments)
-    else:
-        sys.exit(_bring(arguments))
+    sys.exit(arguments.run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,6 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(commands.add_parser("serve", help="serve the process that started this one, or many"))
     _add_bringers(commands)
+    _add_schema(commands.add_parser("schema", help="print the protocol, for programs or for people"))
     return parser
 
 
@@ -71,6 +69,7 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
         default=_DEFAULTS.eof_grace_seconds,
         help="how long accepted requests may still run after a client's last word (default: %(default)s)",
     )
+    serve.set_defaults(run=_serve)
 
 
 def _add_bringers(commands: Any) -> None:
@@ -80,6 +79,18 @@ def _add_bringers(commands: Any) -> None:
     load = commands.add_parser("import", help="make a model out of a GGUF file")
     load.add_argument("file", type=Path, help="the .gguf file")
     load.add_argument("name", help="what to call the model")
+    for bringer in (pull, load):
+        bringer.set_defaults(run=_bring)
+
+
+def _add_schema(schema: argparse.ArgumentParser) -> None:
+    schema.add_argument(
+        "--format",
+        choices=["openrpc", "markdown"],
+        default="openrpc",
+        help="an OpenRPC document, or the reference made of it (default: %(default)s)",
+    )
+    schema.set_defaults(run=_schema)
 
 
 def _serve(arguments: argparse.Namespace) -> NoReturn:
@@ -113,4 +124,16 @@ def _bring(arguments: argparse.Namespace) -> int:
         report(f"mlx-sidecar: {error}\n")
         return 1
     sys.stdout.write(f"{folder}\n")
+    return 0
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    from mlx_sidecar.protocol import openrpc
+
+    if arguments.format == "openrpc":
+        sys.stdout.write(openrpc.text())
+    else:
+        from mlx_sidecar.protocol import reference
+
+        sys.stdout.write(reference.markdown(openrpc.document()))
     return 0

@@ -9,7 +9,7 @@ import time
 
 import msgspec
 
-from mlx_sidecar.protocol import jsonrpc, openrpc
+from mlx_sidecar.protocol import jsonrpc
 from mlx_sidecar.protocol import messages as m
 from mlx_sidecar.protocol.errors import InvalidParams, InvalidRequest
 from mlx_sidecar.protocol.framing import MAX_INBOUND_FRAME_BYTES, MAX_OUTBOUND_FRAME_BYTES
@@ -82,7 +82,9 @@ class PresenceApi:
 
     def discover(self, _: m.NoParams, __: Intake) -> msgspec.Raw:
         """Return the OpenRPC document."""
-        return msgspec.Raw(msgspec.json.format(openrpc.stored(), indent=-1))
+        from mlx_sidecar.protocol import openrpc
+
+        return msgspec.Raw(openrpc.stored())
 
 
 _CAPABILITIES = {"streaming": True, "cancel": True, "batch": True, "flowControl": True}

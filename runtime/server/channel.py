@@ -1,8 +1,8 @@
 """The bytes of one peer: a pair of descriptors, or one socket for both directions.
 
 Reading blocks, on the reader's thread. Writing comes in two forms: `write_all` waits for the peer,
-`try_write` never does. The descriptors themselves stay blocking: O_NONBLOCK belongs to the open file, which a
-parent or a child may share with us.
+`try_write` never does. The descriptors are never made non-blocking: O_NONBLOCK belongs to the open file, which
+a parent or a child may share with us. For the same reason they may be so all the same.
 """
 
 import os
@@ -37,10 +37,13 @@ class Channel:
 
     def read(self) -> bytes:
         """Return what the peer has said, waiting for it; empty at the end of its input."""
-        try:
-            return os.read(self._read, _READ_BYTES)
-        except OSError:
-            return b""
+        while True:
+            try:
+                return os.read(self._read, _READ_BYTES)
+            except BlockingIOError:
+                _poll(self._read, select.POLLIN, None)
+            except OSError:
+                return b""
 
     def wait_until_gone(self) -> None:
         """Return when the peer no longer reads what we write. Call after the end of its input."""
@@ -55,7 +58,10 @@ class Channel:
         """
         view = memoryview(data)
         while view:
-            view = view[os.write(self._write, view) :]
+            try:
+                view = view[os.write(self._write, view) :]
+            except BlockingIOError:
+                _poll(self._write, select.POLLOUT, None)
 
     def try_write(self, data: bytes) -> int:
         """Write what fits without waiting; return the number of bytes, which may be 0.

@@ -75,7 +75,7 @@ class Outbox:
             stream.on_overflow()
         if flooded:
             log.warning("the peer does not read what it asked for")
-            self._break()
+            self._fail() if mine else self._break()
         elif mine:
             self._write_here()
 
@@ -119,6 +119,8 @@ class Outbox:
 
     def _put_part(self, stream: Stream, part: GenerateProgress) -> bool:
         """Return whether there is room for more."""
+        if stream.response is not None:
+            return True  # A request that was torn down has been answered before its sequence has ended.
         self._streams[stream.token] = stream
         self._unsent += stream.add(part)
         self._queue(stream)
@@ -150,7 +152,11 @@ class Outbox:
                 return
 
     def _leave_to_thread(self, rest: memoryview) -> None:
-        self._rest = rest
+        with self._state:
+            if self._broken:  # The thread may have ended.
+                self._end_writing()
+                return
+            self._rest = rest
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
             self._thread.start()
@@ -159,14 +165,13 @@ class Outbox:
     def _run(self) -> None:
         while self._has_rest.wait():
             self._has_rest.clear()
-            if self._rest:
-                self._write_on_thread()
-            if self._broken:
-                return
+            with self._state:
+                rest, self._rest = self._rest, memoryview(b"")
+                if self._broken and not rest:
+                    return
+            self._write_on_thread(rest)
 
-    def _write_on_thread(self) -> None:
-        data: bytes | memoryview = self._rest
-        self._rest = memoryview(b"")
+    def _write_on_thread(self, data: bytes | memoryview) -> None:
         try:
             while data:
                 self._channel.write_all(data)

@@ -98,8 +98,10 @@ class Peer:
             return
 
         def take(connection: "Connection") -> None:
-            connection.take(incoming)
-            self._room.release()
+            try:
+                connection.take(incoming)
+            finally:
+                self._room.release()
 
         self._add(take)
 

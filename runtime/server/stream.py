@@ -45,24 +45,21 @@ class Stream:
 
     def take(self, window: int | None) -> tuple[GenerateProgress | None, int]:
         """Return the next parts merged into one, and what they cost; None if there are none."""
-        texts: list[str] = []
-        tokens: list[int] = []
-        part, size = None, 0
+        if not self._parts:
+            return None, 0
+        part, size = self._parts.popleft()
+        if not self._parts:
+            return self._sent(part, size, window), size + _PART_BYTES
+        texts, tokens = [part.text], list(part.tokens)
         while self._parts and size < _FRAME_TEXT_BYTES and len(texts) < _FRAME_PARTS:
-            if texts and not self._fits(window, size):
+            if not self._fits(window, size):
                 break
             part, text_bytes = self._parts.popleft()
             size += text_bytes
             texts.append(part.text)
             tokens += part.tokens
-        if part is None:
-            return None, 0
-        if window is not None:
-            self._unacked.append((part.seq, size))
-            self._unacked_bytes += size
-        if len(texts) > 1:
-            part = GenerateProgress(seq=part.seq, text="".join(texts), tokens=tokens, merged=len(texts))
-        return part, size + _PART_BYTES * len(texts)
+        merged = GenerateProgress(seq=part.seq, text="".join(texts), tokens=tokens, merged=len(texts))
+        return self._sent(merged, size, window), size + _PART_BYTES * len(texts)
 
     def ended(self) -> bytes | None:
         """Return the response once every part before it has been taken."""
@@ -72,6 +69,12 @@ class Stream:
         """Take what the client has confirmed out of the window."""
         while self._unacked and self._unacked[0][0] <= seq:
             self._unacked_bytes -= self._unacked.popleft()[1]
+
+    def _sent(self, part: GenerateProgress, text_bytes: int, window: int | None) -> GenerateProgress:
+        if window is not None:
+            self._unacked.append((part.seq, text_bytes))
+            self._unacked_bytes += text_bytes
+        return part
 
     def _fits(self, window: int | None, more: int) -> bool:
         return window is None or self.response is not None or self._unacked_bytes + more < window
