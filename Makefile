@@ -8,6 +8,7 @@ PYTHON ?= python3
 Q ?= What is the capital of France?
 BIN := .venv/bin
 TS := clients/typescript
+CLIENTS := tests/clients/node
 DONE := .make
 
 # Linux has two MLX backends, chosen at install time; macOS has Metal, and needs neither.
@@ -31,7 +32,7 @@ demo: $(DONE)/install $(DONE)/typescript $(DONE)/model ## ask the demo model a q
 demo: export Q := $(Q)
 
 .PHONY: test
-test: check $(DONE)/typescript $(DONE)/model ## every check and every test
+test: check $(DONE)/typescript $(DONE)/clients $(DONE)/model ## every check and every test
 	$(call say,"Python tests")
 	@$(BIN)/pytest
 	$(call say,"TypeScript tests")
@@ -68,7 +69,7 @@ bench: $(DONE)/install $(DONE)/typescript $(DONE)/model ## measure; results go t
 
 .PHONY: clean
 clean: ## remove everything that was built here (not the models)
-	rm -rf .venv build $(DONE) $(TS)/node_modules $(TS)/dist native/*.so *.egg-info
+	rm -rf .venv build $(DONE) $(TS)/node_modules $(TS)/dist $(CLIENTS)/node_modules native/*.so *.egg-info
 
 $(DONE)/venv:
 	$(call say,"Creating .venv")
@@ -87,6 +88,11 @@ $(DONE)/install: $(DONE)/venv pyproject.toml setup.py $(wildcard native/src/*.cp
 $(DONE)/node_modules: $(TS)/package.json $(TS)/package-lock.json
 	$(call say,"Installing the TypeScript tools")
 	@cd $(TS) && npm ci --no-audit --no-fund --loglevel=error
+	@mkdir -p $(DONE) && touch $@
+
+$(DONE)/clients: $(CLIENTS)/package.json $(CLIENTS)/package-lock.json
+	$(call say,"Installing the npm clients that the tests drive")
+	@cd $(CLIENTS) && npm ci --no-audit --no-fund --loglevel=error
 	@mkdir -p $(DONE) && touch $@
 
 $(DONE)/typescript: $(DONE)/node_modules $(TS)/tsconfig.json $(wildcard $(TS)/src/*.ts $(TS)/examples/*.ts $(TS)/tests/*.ts)

@@ -85,6 +85,11 @@ _LINE_SEPARATORS = (
 )
 
 
+# How clients that know only positional parameters, or always send one, say that there are none.
+_NOTHING = (b"null", b"[]", b"[null]")
+_LONGEST_NOTHING = 16
+
+
 def decode_request(frame: bytes) -> Request:
     """Return the request in one frame.
 
@@ -137,7 +142,7 @@ def decode_params(raw: msgspec.Raw, decode: Callable[[msgspec.Raw], ParamsT]) ->
         InvalidParams: with the path of the parameter that is wrong.
         BadFrame: the JSON inside is broken after all (bad UTF-8 in a string, nesting).
     """
-    if bytes(memoryview(raw)[:5]) == b"null":
+    if len(text := memoryview(raw)) <= _LONGEST_NOTHING and bytes(text).replace(b" ", b"") in _NOTHING:
         raw = msgspec.Raw(b"{}")
     try:
         return decode(raw)

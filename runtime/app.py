@@ -88,6 +88,7 @@ class App:
         self._tasks = anyio.create_task_group()
         self._host: Connection | None = None
         self._guests: Guests | None = None
+        self._over = False
         blas, pages, counters = Blas(), Pages(), Counters()
         self.engine = InferenceThread(self._deliver, self._on_engine_death, blas, vitals)
         self._handlers = self._build(blas, pages, counters)
@@ -98,6 +99,7 @@ class App:
             self._tasks.start_soon(watch_signals, self._lifecycle.end)
             serve(self)
             await self._drain()
+            self._over = True
             self._tasks.cancel_scope.cancel()
         deadline = time.monotonic() + FLUSH_SECONDS
         for connection in self._connections():
@@ -178,9 +180,14 @@ class App:
 
         In the context of our own task: in the thread's empty one anyio cannot tell which loop it runs on.
         """
-        # Closed only when everything has ended; a reader that notices later has nobody left to tell.
+        # The loop is closed when everything has ended; a reader that notices later has nobody left to tell.
         with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(callback, *args, context=self._context)
+            self._loop.call_soon_threadsafe(self._call, callback, *args, context=self._context)
+
+    def _call(self, callback: Callable[..., object], *args: object) -> None:
+        # What is noticed behind the end concerns nobody: the tasks that would deal with it are gone.
+        if not self._over:
+            callback(*args)
 
     async def _drain(self) -> None:
         """Wait for a reason to end; then let the accepted requests end, by themselves or cancelled."""
