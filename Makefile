@@ -62,10 +62,11 @@ format: $(DONE)/install ## rewrite the code in the house style
 	@$(BIN)/clang-format -i native/src/*.cpp native/include/mlx_sidecar/*.hpp
 
 .PHONY: bench
-bench: $(DONE)/install $(DONE)/typescript $(DONE)/model ## measure; results go to benchmarks/results
+bench: $(DONE)/install $(DONE)/typescript $(DONE)/clients $(DONE)/model ## measure; results go to benchmarks/results
 	@$(BIN)/python benchmarks/startup.py
 	@$(BIN)/python benchmarks/single_stream.py
 	@$(BIN)/python benchmarks/blas.py
+	@$(BIN)/python benchmarks/wire.py
 
 .PHONY: clean
 clean: ## remove everything that was built here (not the models)

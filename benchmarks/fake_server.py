@@ -1,0 +1,102 @@
+"""The real sidecar with a network that computes nothing: what is left is what everything around it costs.
+
+    .venv/bin/python benchmarks/fake_server.py serve [OPTIONS]
+
+Every step gives each sequence one token. By default the next step begins when the event loop has dealt with
+the last one; with TOKENS_PER_SECOND in the environment each stream gets that many.
+"""
+
+import os
+import threading
+import time
+
+from mlx_sidecar.protocol import messages as m
+from mlx_sidecar.runtime import cli
+from mlx_sidecar.runtime.engine.sequence import Emission, Sequence
+from mlx_sidecar.runtime.models import registry
+
+# Ordinary words of the demo model's vocabulary.
+WORDS = range(1000, 1512)
+
+
+class FakeBatch:
+    """A batch whose steps cost nothing; see `runtime.engine.batch.Batch`."""
+
+    def __init__(self) -> None:
+        pace = os.environ.get("TOKENS_PER_SECOND")
+        self._step_seconds = 1 / float(pace) if pace else None
+        self._next_step_at = 0.0
+        self._rows: dict[Sequence, int] = {}
+        self._taken = threading.Event()
+        self._taken.set()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, sequence: Sequence) -> None:
+        """Take a sequence in; the last of a step tells when the step has been dealt with."""
+        on_emission = sequence.on_emission
+
+        def note(emission: Emission) -> None:
+            on_emission(emission)
+            if next(reversed(self._rows), sequence) is sequence:
+                self._taken.set()
+
+        sequence.on_emission = note
+        sequence.started_at = sequence.first_token_at = time.monotonic()
+        self._rows[sequence] = 0
+
+    def remove(self, sequence: Sequence) -> bool:
+        """Drop a sequence."""
+        self._taken.set()
+        return self._rows.pop(sequence, None) is not None
+
+    def step(self) -> list[Emission]:
+        """Give every sequence its next token."""
+        self._wait()
+        emissions: list[Emission] = []
+        for sequence, count in self._rows.items():
+            ended = count + 1 == sequence.max_tokens
+            emissions.append(Emission(sequence, WORDS[count % len(WORDS)], "length" if ended else None))
+            self._rows[sequence] = count + 1
+        for emission in emissions:
+            if emission.finish:
+                emission.sequence.finished_at = time.monotonic()
+                del self._rows[emission.sequence]
+        return emissions
+
+    def reset(self) -> list[Sequence]:
+        """Drop everything."""
+        left = list(self._rows)
+        self._rows.clear()
+        return left
+
+    def _wait(self) -> None:
+        if self._step_seconds is None:
+            self._taken.wait(1.0)
+            self._taken.clear()
+            return
+        now = time.monotonic()
+        self._next_step_at = max(self._next_step_at + self._step_seconds, now)
+        time.sleep(self._next_step_at - now)
+
+
+def load_nothing(self: registry.ModelRegistry, name: str, *_: object) -> m.LoadResult:
+    """Stand in for the loading of a network; the tokenizer is the model's own."""
+    self._engine.attach(name, FakeBatch())  # pyright: ignore[reportPrivateUsage]
+    return m.LoadResult(
+        model=name,
+        state="ready",
+        dtype="none",
+        parameters=0,
+        context_length=2**31,
+        vocabulary=49152,
+        bytes=0,
+        load_ms=0,
+        phases=m.LoadPhases(runtime_ms=0, weights_ms=0, warmup_ms=0),
+    )
+
+
+if __name__ == "__main__":
+    registry.ModelRegistry._load_network = load_nothing  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    cli.main()
