@@ -36,7 +36,7 @@ test: check $(DONE)/typescript $(DONE)/clients $(DONE)/model ## every check and 
 	$(call say,"Python tests")
 	@$(BIN)/pytest
 	$(call say,"TypeScript tests")
-	@cd $(TS) && PATH="$(CURDIR)/$(BIN):$$PATH" node --test --test-reporter=spec dist/tests/*.test.js
+	@cd $(TS) && PATH="$(CURDIR)/$(BIN):$$PATH" npx --no-install vitest run
 
 .PHONY: check
 check: $(DONE)/install $(DONE)/node_modules ## ruff, pyright, tsc, clang-format
@@ -46,7 +46,7 @@ check: $(DONE)/install $(DONE)/node_modules ## ruff, pyright, tsc, clang-format
 	@$(BIN)/clang-format --dry-run --Werror native/src/*.cpp native/include/mlx_sidecar/*.hpp
 	@$(BIN)/pyright --warnings
 	@cd $(TS) && node scripts/generate.mjs --check
-	@cd $(TS) && npx --no-install tsc --noEmit
+	@cd $(TS) && npx --no-install tsc
 
 .PHONY: generate
 generate: $(DONE)/install $(DONE)/node_modules ## write what is made from the protocol's types
@@ -96,9 +96,10 @@ $(DONE)/clients: $(CLIENTS)/package.json $(CLIENTS)/package-lock.json
 	@cd $(CLIENTS) && npm ci --no-audit --no-fund --loglevel=error
 	@mkdir -p $(DONE) && touch $@
 
-$(DONE)/typescript: $(DONE)/node_modules $(TS)/tsconfig.json $(wildcard $(TS)/src/*.ts $(TS)/examples/*.ts $(TS)/tests/*.ts)
+$(DONE)/typescript: $(DONE)/node_modules $(TS)/scripts/build.mjs \
+    $(wildcard $(TS)/tsconfig*.json $(TS)/src/*.ts $(TS)/src/generated/*.ts $(TS)/examples/*.ts)
 	$(call say,"Compiling the TypeScript client")
-	@cd $(TS) && rm -rf dist && npx --no-install tsc
+	@cd $(TS) && node scripts/build.mjs
 	@touch $@
 
 # `pull` finds a model that is complete by itself, so it runs every time and costs a fraction of a second.

@@ -2,7 +2,7 @@
 
 import { createInterface } from "node:readline";
 
-import { Sidecar } from "../clients/typescript/dist/src/index.js";
+import { Sidecar } from "../clients/typescript/dist/esm/index.js";
 
 const [command, model] = process.argv.slice(2);
 const sidecar = await Sidecar.spawn({ command, args: ["serve", "--log-level", "error"] });

@@ -1,6 +1,6 @@
 /** Asks the demo model one question and prints its answer as it is generated. */
 
-import { Sidecar } from "../src/index.js";
+import { Sidecar } from "mlx-sidecar";
 
 const question = process.argv[2] ?? "What is the capital of France?";
 const model = "smollm2-135m";

@@ -1,24 +1,15 @@
+import { channel } from "node:diagnostics_channel";
 import type { Readable, Writable } from "node:stream";
 
-import { SidecarRequestError, type ErrorObject } from "./errors.js";
+import type { Channel, Request, SendOptions, WireMessage } from "./channel.js";
+import { SidecarRequestError } from "./errors.js";
+import type * as wire from "./generated/protocol.js";
 import { LineSplitter } from "./lines.js";
-import type { GenerateProgress, Methods, ProgressParams } from "./protocol.js";
-
-export interface RequestOptions {
-  /** Aborting rejects the promise with the signal's reason at once, and ends the request on the server. */
-  signal?: AbortSignal;
-}
-
-/** A request that was sent. */
-export interface Request<Result> {
-  readonly response: Promise<Result>;
-  /** Asks the server to end the request; `response` then says how it ended. */
-  cancel(): void;
-}
 
 interface Pending {
   resolve: (result: never) => void;
   reject: (reason: unknown) => void;
+  onProgress: ((value: wire.GenerateProgress) => void) | undefined;
   /** Called when the request has left the table, for whatever reason. */
   forget: () => void;
 }
@@ -26,25 +17,29 @@ interface Pending {
 interface Incoming {
   id?: unknown;
   method?: unknown;
-  params?: Partial<ProgressParams> | null;
+  params?: Partial<wire.ProgressParams> | null;
   result?: unknown;
-  error?: ErrorObject | null;
+  error?: wire.ErrorObject | null;
 }
 
+const messages = channel("mlx-sidecar:message");
+
 /** JSON-RPC over a pair of streams: requests out, responses and progress in. Knows nothing of processes. */
-export class Connection {
+export class Connection implements Channel {
   /** The longest line that the server takes; `initialize` says it. */
   maxFrameBytes = Infinity;
+  readonly #input: Readable;
   readonly #output: Writable;
-  readonly #pending = new Map<number, Pending>();
-  readonly #progress = new Map<unknown, (value: GenerateProgress) => void>();
+  readonly #pending = new Map<unknown, Pending>();
   readonly #splitter: LineSplitter;
   readonly #onBusy: (busy: boolean) => void;
   #nextId = 1;
+  #inFlight = 0;
   #closed: Error | undefined;
 
   /** `onBusy` is told when the first request goes into flight and when the last one has been answered. */
   constructor(input: Readable, output: Writable, onBusy: (busy: boolean) => void, splitter = new LineSplitter()) {
+    this.#input = input;
     this.#output = output;
     this.#onBusy = onBusy;
     this.#splitter = splitter;
@@ -53,43 +48,51 @@ export class Connection {
     for (const stream of [input, output]) stream.on("error", () => {});
   }
 
+  get isClosed(): boolean {
+    return this.#closed !== undefined;
+  }
+
   /** Sends a request; its response settles with the one answer, or when `signal` aborts. */
-  request<M extends keyof Methods>(
+  request<M extends keyof wire.Methods>(
     method: M,
-    params: Methods[M]["params"],
-    { signal }: RequestOptions = {},
-  ): Request<Methods[M]["result"]> {
+    params: wire.Methods[M]["params"],
+    { signal, onProgress, background = false }: SendOptions = {},
+  ): Request<wire.Methods[M]["result"]> {
     const id = this.#nextId++;
     const cancel = () => {
       if (this.#pending.has(id)) this.notify("$/cancelRequest", { id });
     };
+    const acknowledge = (seq: number) => {
+      if (this.#pending.has(id)) this.notify("$/streamAck", { token: id, seq });
+    };
     // What throws in here rejects the promise, and must come before the request is in the table.
-    const response = new Promise<Methods[M]["result"]>((resolve, reject) => {
+    const response = new Promise<wire.Methods[M]["result"]>((resolve, reject) => {
       signal?.throwIfAborted();
       if (this.#closed !== undefined) throw this.#closed;
-      const frame = this.#encode({ jsonrpc: "2.0", id, method, params });
+      const token = onProgress && { partialResultToken: id };
+      const message = { jsonrpc: "2.0", id, method, params: { ...params, ...token } };
+      const frame = this.#encode(message);
       const abort = () => {
         cancel();
         this.#take(id)?.reject(signal?.reason);
       };
       signal?.addEventListener("abort", abort, { once: true });
-      const forget = () => signal?.removeEventListener("abort", abort);
-      this.#pending.set(id, { resolve: resolve as Pending["resolve"], reject, forget });
-      if (this.#pending.size === 1) this.#onBusy(true);
-      this.#output.write(frame);
+      if (!background) this.#count(1);
+      const forget = () => {
+        signal?.removeEventListener("abort", abort);
+        if (!background) this.#count(-1);
+      };
+      this.#pending.set(id, { resolve: resolve as Pending["resolve"], reject, onProgress, forget });
+      this.#write(message, frame);
     });
-    return { response, cancel };
+    return { response, cancel, acknowledge };
   }
 
   /** Sends a message that has no answer. */
-  notify(method: string, params: object): void {
-    if (this.#closed === undefined) this.#output.write(this.#encode({ jsonrpc: "2.0", method, params }));
-  }
-
-  /** Calls `listener` for every progress with this token, until it is taken away with undefined. */
-  onProgress(token: string | number, listener: ((value: GenerateProgress) => void) | undefined): void {
-    if (listener === undefined) this.#progress.delete(token);
-    else this.#progress.set(token, listener);
+  notify<M extends keyof wire.ClientNotifications>(method: M, params: wire.ClientNotifications[M]): void {
+    if (this.#closed !== undefined) return;
+    const message = { jsonrpc: "2.0", method, params };
+    this.#write(message, this.#encode(message));
   }
 
   /** Fails everything in flight, and everything to come, with `error`. */
@@ -104,9 +107,15 @@ export class Connection {
     if (bytes > this.maxFrameBytes) {
       // The server would refuse it too, but without an id: it does not read what it will not take.
       const text = `The request has ${bytes} bytes; the server takes at most ${this.maxFrameBytes}.`;
-      throw new SidecarRequestError({ code: -32600, message: text, data: { kind: "invalid_request" } });
+      const data = { kind: "invalid_request", retryable: false } as const;
+      throw new SidecarRequestError({ code: -32600, message: text, data });
     }
     return frame;
+  }
+
+  #write(message: object, frame: string): void {
+    this.#tell("sent", message);
+    this.#output.write(frame);
   }
 
   #read(chunk: Buffer): void {
@@ -114,14 +123,17 @@ export class Connection {
     try {
       for (const line of this.#splitter.feed(chunk)) this.#dispatch(decode(line));
     } catch (error) {
+      // Nothing that comes after can be understood, and nothing more may be collected.
       this.close(error as Error);
+      this.#input.destroy();
     }
   }
 
   #dispatch(message: Incoming): void {
+    this.#tell("received", message);
     if (message.method === "$/progress") {
       const { token, value } = message.params ?? {};
-      if (value !== undefined) this.#progress.get(token)?.(value);
+      if (value !== undefined) this.#pending.get(token)?.onProgress?.(value);
     } else if (message.method === undefined && typeof message.id === "number") {
       const pending = this.#take(message.id);
       if (message.error == null) pending?.resolve(message.result as never);
@@ -129,13 +141,22 @@ export class Connection {
     }
   }
 
+  #tell(direction: WireMessage["direction"], message: unknown): void {
+    if (messages.hasSubscribers) messages.publish({ connection: this, direction, message } satisfies WireMessage);
+  }
+
+  #count(change: 1 | -1): void {
+    const before = this.#inFlight;
+    this.#inFlight += change;
+    if (before === 0 || this.#inFlight === 0) this.#onBusy(this.#inFlight > 0);
+  }
+
   /** Takes a request out of the table; whoever does so settles it. */
-  #take(id: number): Pending | undefined {
+  #take(id: unknown): Pending | undefined {
     const pending = this.#pending.get(id);
     if (pending === undefined) return undefined;
     this.#pending.delete(id);
     pending.forget();
-    if (this.#pending.size === 0) this.#onBusy(false);
     return pending;
   }
 }

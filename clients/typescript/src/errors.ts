@@ -1,39 +1,33 @@
-/** What can go wrong, as classes: what the server answered, or that there is no server any more. */
+/**
+ * What can go wrong, as classes: what the server answered, or that there is no server.
+ *
+ *     SidecarError
+ *     |-- SidecarRequestError   the server refused or failed a request
+ *     |-- SidecarTimeoutError   a request was not answered within its `timeoutMs`
+ *     |-- SidecarStartError     there was no sidecar to speak to in the first place
+ *     |-- SidecarExitedError    there is none any more
+ *     `-- SidecarGaveUpError    and a supervisor starts no other
+ */
 
-/** How the process ended; one of the two is null. */
+import type { ErrorKind, ErrorObject } from "./generated/protocol.js";
+
+/** How the process ended; one of the two is null, or both for a sidecar that was not started here. */
 export interface ExitStatus {
   code: number | null;
   signal: NodeJS.Signals | null;
 }
 
-/** The `error` of a response, as it is on the wire. */
-export interface ErrorObject {
-  code: number;
-  message: string;
-  data?: unknown;
-}
-
-/** What the server can say went wrong; `protocol/errors.py` has the meanings. */
-export type ErrorKind =
-  | "parse_error"
-  | "invalid_request"
-  | "duplicate_id"
-  | "shutting_down"
-  | "method_not_found"
-  | "invalid_params"
-  | "internal_error"
-  | "not_initialized"
-  | "cancelled"
-  | "model_not_found"
-  | "model_not_loaded"
-  | "invalid_model"
-  | "context_overflow"
-  | "unsupported"
-  | "backend_unavailable";
+/**
+ * Exit codes after which another start would end the same way: in order, wrong arguments, a backend that this
+ * machine does not have, a socket that a live sidecar serves.
+ */
+const FINAL_EXIT_CODES: readonly (number | null)[] = [0, 2, 69, 75];
 
 /** Base of everything that this package throws on its own account. */
 export class SidecarError extends Error {
   override name = "SidecarError";
+  /** Whether the same request may succeed if it is sent again, if need be to another sidecar. */
+  readonly retryable: boolean = false;
 }
 
 /** The server refused or failed a request. Switch on `kind`; the message is for people. */
@@ -42,41 +36,76 @@ export class SidecarRequestError extends SidecarError {
   readonly code: number;
   /** One of these; a newer server may know more. */
   readonly kind: ErrorKind | (string & {});
-  readonly retryable: boolean;
+  override readonly retryable: boolean;
   /** Everything else that the server said, such as `path` for a wrong parameter. */
   readonly data: Readonly<Record<string, unknown>>;
 
   constructor(error: ErrorObject) {
     super(error.message);
-    const data = typeof error.data === "object" && error.data !== null ? error.data : {};
-    this.data = data as Record<string, unknown>;
+    const data: unknown = error.data;
+    this.data = typeof data === "object" && data !== null ? (data as Record<string, unknown>) : {};
     this.code = error.code;
     this.kind = typeof this.data["kind"] === "string" ? this.data["kind"] : "unknown";
     this.retryable = this.data["retryable"] === true;
   }
 }
 
-/** The process could not be started, or did not answer `initialize` in time. */
-export class SidecarSpawnError extends SidecarError {
-  override name = "SidecarSpawnError";
+/** A request was not answered in time; it has been cancelled on the server. */
+export class SidecarTimeoutError extends SidecarError {
+  override name = "SidecarTimeoutError";
+  readonly timeoutMs: number;
+
+  constructor(timeoutMs: number) {
+    super(`The request was not answered within ${timeoutMs} ms.`);
+    this.timeoutMs = timeoutMs;
+  }
 }
 
-/** The process is gone. Requests that were in flight may or may not have been carried out. */
-export class SidecarExitedError extends SidecarError {
+/** The sidecar could not be started or reached, did not answer in time, or speaks another version. */
+export class SidecarStartError extends SidecarError {
+  override name = "SidecarStartError";
+}
+
+/** The sidecar is gone. Requests that were in flight may or may not have been carried out. */
+export class SidecarExitedError extends SidecarError implements ExitStatus {
   override name = "SidecarExitedError";
-  readonly status: ExitStatus;
+  readonly code: number | null;
+  readonly signal: NodeJS.Signals | null;
+  /** False if another start would end the same way. */
+  override readonly retryable: boolean;
   /** The last of what the process wrote to stderr. */
   readonly stderrTail: string;
 
-  constructor(status: ExitStatus, stderrTail: string) {
-    const how = status.signal === null ? `with code ${status.code}` : `by ${status.signal}`;
-    super(`The sidecar ended ${how}.${lastWords(stderrTail)}`);
-    this.status = status;
+  constructor({ code, signal }: ExitStatus, stderrTail: string) {
+    super(`${describe(code, signal)}${lastWords(stderrTail)}`);
+    this.code = code;
+    this.signal = signal;
+    this.retryable = !FINAL_EXIT_CODES.includes(code);
     this.stderrTail = stderrTail;
   }
 }
 
+/** A supervised sidecar ended and is not started again; `cause` is how it ended, or why it could not be started. */
+export class SidecarGaveUpError extends SidecarError {
+  override name = "SidecarGaveUpError";
+
+  constructor(reason: string, cause: unknown) {
+    super(`${reason} ${cause instanceof Error ? cause.message : String(cause)}`, { cause });
+  }
+}
+
+/** What a start that failed with `reason` rejects with. */
+export function startError(reason: unknown, stderrTail: string): unknown {
+  if (!(reason instanceof SidecarTimeoutError)) return reason;
+  return new SidecarStartError(`The sidecar did not answer within ${reason.timeoutMs} ms.${lastWords(stderrTail)}`);
+}
+
 /** The end of a message that quotes what the process wrote to stderr. */
-export function lastWords(stderrTail: string): string {
+function lastWords(stderrTail: string): string {
   return stderrTail === "" ? "" : ` It last said:\n${stderrTail}`;
+}
+
+function describe(code: number | null, signal: NodeJS.Signals | null): string {
+  if (signal !== null) return `The sidecar ended by ${signal}.`;
+  return code === null ? "The sidecar closed the connection." : `The sidecar ended with code ${code}.`;
 }

@@ -1,8 +1,13 @@
-import type { Connection, Request, RequestOptions } from "./connection.js";
-import type { GenerateParams, GenerateProgress, GenerateResult } from "./protocol.js";
+import type { Request } from "./channel.js";
+import type { GenerateProgress, GenerateResult } from "./generated/protocol.js";
+
+export type Ask = (onProgress: (part: GenerateProgress) => void) => Request<GenerateResult>;
 
 /**
  * An answer as it is generated: iterate over its parts, once, or await `text()`, or only `result`.
+ *
+ * Parts that nobody has taken yet are kept, up to the window: then the server keeps the text, in one merged part,
+ * until some have been taken or the answer is complete.
  *
  * Leaving the loop early cancels the generation. A failure rejects the iteration, after the parts that came
  * before it, and `result`; either may be left alone.
@@ -11,21 +16,24 @@ export class Generation implements AsyncIterable<GenerateProgress> {
   /** How it ended: finish reason, usage, timings. */
   readonly result: Promise<GenerateResult>;
   readonly #request: Request<GenerateResult>;
+  readonly #windowBytes: number;
   readonly #signal: AbortSignal | undefined;
   readonly #parts: GenerateProgress[] = [];
+  #taken = 0;
+  #unacknowledgedBytes = 0;
   #wake: () => void = () => {};
   #ended = false;
   #iterated = false;
 
-  constructor(connection: Connection, token: string, params: GenerateParams, options: RequestOptions) {
-    this.#signal = options.signal;
-    connection.onProgress(token, (part) => {
+  /** `ask` sends the request; the server was told `windowBytes`, and `signal` also ends the iteration. */
+  constructor(ask: Ask, windowBytes: number, signal: AbortSignal | undefined) {
+    this.#windowBytes = windowBytes;
+    this.#signal = signal;
+    this.#request = ask((part) => {
       this.#parts.push(part);
       this.#wake();
     });
-    this.#request = connection.request("generate", { ...params, partialResultToken: token }, options);
     this.result = this.#request.response.finally(() => {
-      connection.onProgress(token, undefined);
       this.#ended = true;
       this.#wake();
     });
@@ -57,7 +65,7 @@ export class Generation implements AsyncIterable<GenerateProgress> {
       for (;;) {
         // Also when everything is here already: who aborts wants no more of it.
         this.#signal?.throwIfAborted();
-        const part = this.#parts.shift();
+        const part = this.#take();
         if (part !== undefined) yield part;
         else if (this.#ended) break;
         else await new Promise<void>((resolve) => (this.#wake = resolve));
@@ -66,5 +74,23 @@ export class Generation implements AsyncIterable<GenerateProgress> {
     } finally {
       this.cancel();
     }
+  }
+
+  /** The next part, which the server is told of once half of the window has been taken. */
+  #take(): GenerateProgress | undefined {
+    const part = this.#parts[this.#taken];
+    if (part === undefined) return undefined;
+    this.#taken += 1;
+    // Not `shift`, which moves all that follow, every time.
+    if (this.#taken * 2 >= this.#parts.length) {
+      this.#parts.splice(0, this.#taken);
+      this.#taken = 0;
+    }
+    this.#unacknowledgedBytes += Buffer.byteLength(part.text);
+    if (this.#unacknowledgedBytes * 2 >= this.#windowBytes) {
+      this.#unacknowledgedBytes = 0;
+      this.#request.acknowledge(part.seq);
+    }
+    return part;
   }
 }

@@ -1,7 +1,19 @@
-export type { RequestOptions } from "./connection.js";
-export { SidecarError, SidecarExitedError, SidecarRequestError, SidecarSpawnError } from "./errors.js";
-export type { ErrorKind, ErrorObject, ExitStatus } from "./errors.js";
+export type { WireMessage } from "./channel.js";
+export { SidecarClient } from "./client.js";
+export type { RequestOptions } from "./deadline.js";
+export {
+  SidecarError,
+  SidecarExitedError,
+  SidecarGaveUpError,
+  SidecarRequestError,
+  SidecarStartError,
+  SidecarTimeoutError,
+} from "./errors.js";
+export type { ExitStatus } from "./errors.js";
 export type { Generation } from "./generation.js";
+export type { RestartPolicy } from "./restarts.js";
+export type { ConnectOptions, SpawnOptions } from "./session.js";
 export { Sidecar } from "./sidecar.js";
-export type { SpawnOptions } from "./sidecar.js";
-export type * from "./protocol.js";
+export { SupervisedSidecar } from "./supervised.js";
+export type { Restart, SuperviseOptions } from "./supervisor.js";
+export type * from "./generated/protocol.js";

@@ -1,11 +1,13 @@
 import { spawn, type ChildProcessWithoutNullStreams } from "node:child_process";
 import { once } from "node:events";
 import type { Socket } from "node:net";
+import type { Readable, Writable } from "node:stream";
 
-import { SidecarExitedError, SidecarSpawnError, type ExitStatus } from "./errors.js";
+import { SidecarExitedError, SidecarStartError, type ExitStatus } from "./errors.js";
+import { atHostExit } from "./host-exit.js";
+import { closed, PATIENCE_MS, within, type Transport } from "./transport.js";
 
 const STDERR_TAIL_CHARACTERS = 8 * 1024;
-const PATIENCE_MS = 2_000;
 
 export interface ProcessOptions {
   /** The program; `mlx-sidecar` on the PATH by default, or what MLX_SIDECAR_COMMAND says. */
@@ -18,20 +20,26 @@ export interface ProcessOptions {
   onLog?: (text: string) => void;
 }
 
-/** The child process: started without a shell, its stderr always drained, its end told once. */
-export class SidecarProcess {
+/** A child process as a transport: started without a shell, its stderr always drained, its end told once. */
+export class SidecarProcess implements Transport {
   readonly child: ChildProcessWithoutNullStreams;
-  /** Settles when the process has ended and all that it said has been read; never rejects. */
-  readonly exited: Promise<ExitStatus>;
-  readonly #streams: Socket[];
+  readonly gone: Promise<SidecarExitedError>;
+  #input: Readable;
+  #output: Writable;
   #stderrTail = "";
-  #ending: Promise<ExitStatus> | undefined;
+  #ending: Promise<SidecarExitedError> | undefined;
 
   private constructor(child: ChildProcessWithoutNullStreams, onLog: ((text: string) => void) | undefined) {
     this.child = child;
-    this.#streams = [child.stdin, child.stdout, child.stderr] as unknown as Socket[];
-    this.exited = new Promise((resolve) => {
+    this.#input = child.stdout;
+    this.#output = child.stdin;
+    const exited = new Promise<ExitStatus>((resolve) => {
+      // With `close` all that came through its pipes has been read.
       child.once("close", (code, signal) => resolve({ code, signal }));
+    });
+    this.gone = exited.then(async (status) => {
+      await closed(this.#input);
+      return new SidecarExitedError(status, this.#stderrTail.trim());
     });
     child.once("exit", () => this.#stopReadingSoon());
     child.stderr.on("error", () => {});
@@ -41,73 +49,80 @@ export class SidecarProcess {
     });
   }
 
-  /** Starts the process; rejects with SidecarSpawnError if the program is not there. */
+  /** Starts the process; rejects with SidecarStartError if the program is not there. */
   static async start(options: ProcessOptions): Promise<SidecarProcess> {
     const command = options.command ?? (process.env["MLX_SIDECAR_COMMAND"] || "mlx-sidecar");
     try {
       const child = spawn(command, options.args ?? ["serve"], { env: options.env ?? process.env, stdio: "pipe" });
       // For as long as it lives: a signal that cannot be sent is an error too, and must not end the host.
       child.on("error", () => {});
+      child.once("close", atHostExit(() => child.kill("SIGKILL")));
       await once(child, "spawn");
       return new SidecarProcess(child, options.onLog);
     } catch (cause) {
       // Some reasons are events, others are thrown; the streams may be missing in both cases.
       const { code, message } = cause as NodeJS.ErrnoException;
       const hint = code === "ENOENT" ? " Install the Python package, or pass its path as `command`." : "";
-      throw new SidecarSpawnError(`${command} could not be started (${code ?? message}).${hint}`, { cause });
+      throw new SidecarStartError(`${command} could not be started (${code ?? message}).${hint}`, { cause });
     }
   }
 
-  /** The last of what the process wrote to stderr. */
-  get stderrTail(): string {
-    return this.#stderrTail.trim();
+  get input(): Readable {
+    return this.#input;
   }
 
-  /** Lets this process keep the host's event loop alive, or not. */
+  get output(): Writable {
+    return this.#output;
+  }
+
+  get pid(): number | undefined {
+    return this.child.pid;
+  }
+
+  /** Speaks over the socket that is to come, instead of stdin and stdout. */
+  async speakOver(socket: Promise<Socket>): Promise<void> {
+    // Nothing is expected there from now on, and nothing may fill it up.
+    this.child.stdout.on("error", () => {}).resume();
+    this.child.stdin.on("error", () => {});
+    this.#input = this.#output = await socket;
+  }
+
   holdEventLoop(hold: boolean): void {
-    for (const handle of [this.child, ...this.#streams]) {
+    for (const handle of [this.child, ...this.#streams()]) {
       if (hold) handle.ref();
       else handle.unref();
     }
   }
 
-  /** The error to fail requests with once the process has ended with `status`. */
-  exitError(status: ExitStatus): SidecarExitedError {
-    return new SidecarExitedError(status, this.stderrTail);
+  kill(): void {
+    this.child.kill("SIGKILL");
   }
 
-  /** Closes stdin and waits; then asks by SIGTERM and waits; then kills. */
-  end(): Promise<ExitStatus> {
+  /** Closes its input and waits; then asks by SIGTERM and waits; then kills. */
+  end(): Promise<SidecarExitedError> {
+    this.holdEventLoop(true);
     this.#ending ??= this.#end();
     return this.#ending;
   }
 
-  async #end(): Promise<ExitStatus> {
-    this.holdEventLoop(true);
+  async #end(): Promise<SidecarExitedError> {
+    this.#output.end();
     this.child.stdin.end();
-    if (!(await within(this.exited, PATIENCE_MS))) this.child.kill("SIGTERM");
-    if (!(await within(this.exited, PATIENCE_MS))) this.child.kill("SIGKILL");
-    return this.exited;
+    if (!(await within(this.gone, PATIENCE_MS))) this.child.kill("SIGTERM");
+    if (!(await within(this.gone, PATIENCE_MS))) this.kill();
+    return this.gone;
   }
 
   /** A process that it started may have inherited its pipes and keep them open for ever. */
   #stopReadingSoon(): void {
     const timer = setTimeout(() => {
-      for (const stream of this.#streams) stream.destroy();
+      for (const stream of this.#streams()) stream.destroy();
     }, PATIENCE_MS).unref();
-    this.child.once("close", () => clearTimeout(timer));
+    void this.gone.then(() => clearTimeout(timer));
   }
-}
 
-/** True if `promise` settles within `ms`. */
-export async function within(promise: Promise<unknown>, ms: number): Promise<boolean> {
-  let timer: NodeJS.Timeout | undefined;
-  const late = new Promise<boolean>((resolve) => {
-    timer = setTimeout(() => resolve(false), ms);
-  });
-  try {
-    return await Promise.race([promise.then(() => true), late]);
-  } finally {
-    clearTimeout(timer);
+  #streams(): Set<Socket> {
+    const { stdin, stdout, stderr } = this.child;
+    return new Set([stdin, stdout, stderr, this.#input, this.#output] as unknown as Socket[]);
   }
 }

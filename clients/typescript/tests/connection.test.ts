@@ -1,12 +1,14 @@
 import assert from "node:assert/strict";
+import { subscribe, unsubscribe } from "node:diagnostics_channel";
 import { getEventListeners } from "node:events";
-import { test } from "node:test";
 
+import { test } from "vitest";
+
+import type { WireMessage } from "../src/channel.js";
 import { SidecarError, SidecarRequestError } from "../src/errors.js";
+import type { GenerateProgress } from "../src/generated/protocol.js";
 import { LineSplitter } from "../src/lines.js";
-import { Wire } from "./wire.js";
-
-const timeout = 10_000;
+import { Wire } from "./support/wire.js";
 
 test("a request is one line of JSON-RPC with an id of its own", () => {
   const wire = new Wire();
@@ -19,7 +21,7 @@ test("a request is one line of JSON-RPC with an id of its own", () => {
   ]);
 });
 
-test("responses find their requests in any order", { timeout }, async () => {
+test("responses find their requests in any order", async () => {
   const wire = new Wire();
   const requests = ["a", "b", "c"].map((text) => wire.connection.request("tokenize", { model: "m", text }));
   const ids = wire.sent().map(({ id }) => id);
@@ -28,7 +30,7 @@ test("responses find their requests in any order", { timeout }, async () => {
   assert.deepEqual(results, [{ tokens: [0] }, { tokens: [1] }, { tokens: [2] }]);
 });
 
-test("a response that ends with a carriage return, or comes byte by byte, is understood", { timeout }, async () => {
+test("a response that ends with a carriage return, or comes byte by byte, is understood", async () => {
   const wire = new Wire();
   const { response } = wire.connection.request("detokenize", { model: "m", tokens: [1] });
   for (const byte of Buffer.from('{"jsonrpc":"2.0","id":1,"result":{"text":"é\u2028🗼"}}\r\n')) {
@@ -37,7 +39,7 @@ test("a response that ends with a carriage return, or comes byte by byte, is und
   assert.deepEqual(await response, { text: "é\u2028🗼" });
 });
 
-test("lines that are not messages, and messages that mean nothing, are harmless", { timeout }, async () => {
+test("lines that are not messages, and messages that mean nothing, are harmless", async () => {
   const wire = new Wire();
   const { response } = wire.connection.request("stats", {});
   const strays = [
@@ -63,7 +65,7 @@ test("lines that are not messages, and messages that mean nothing, are harmless"
   assert.equal(await response, "the answer");
 });
 
-test("a request from the other end is not mistaken for an answer", { timeout }, async () => {
+test("a request from the other end is not mistaken for an answer", async () => {
   const wire = new Wire();
   const { response } = wire.connection.request("ping", {});
   wire.say({ id: 1, method: "ping", params: {} });
@@ -71,31 +73,83 @@ test("a request from the other end is not mistaken for an answer", { timeout }, 
   assert.equal(await response, "pong");
 });
 
-test("progress reaches its own listener in order, and before the response that follows it", { timeout }, async () => {
+test("progress reaches its own request in order, and before the response that follows it", async () => {
   const wire = new Wire();
   const seen: unknown[] = [];
-  wire.connection.onProgress("mine", (part) => seen.push(part.seq));
-  wire.connection.onProgress("other", () => seen.push("other"));
-  const { response } = wire.connection.request("generate", { model: "m", partialResultToken: "mine" });
-  for (const seq of [1, 2, 3]) wire.progress("mine", seq, "");
+  const generate = (name: string) => {
+    const onProgress = ({ seq }: GenerateProgress) => seen.push(`${name} ${seq}`);
+    return wire.connection.request("generate", { model: "m" }, { onProgress }).response;
+  };
+  const mine = generate("mine");
+  const other = generate("other");
+  const tokens = wire.sent().map(({ params }) => params["partialResultToken"]);
+  assert.equal(new Set(tokens).size, 2);
+  for (const seq of [1, 2]) wire.progress(tokens[0], seq, "");
+  wire.progress(tokens[1], 1, "");
   wire.say({ id: 1, result: {} });
-  await response.then(() => seen.push("response"));
-  assert.deepEqual(seen, [1, 2, 3, "response"]);
+  await mine.then(() => seen.push("my response"));
+  assert.deepEqual(seen, ["mine 1", "mine 2", "other 1", "my response"]);
+  wire.progress(tokens[0], 3, "");
+  wire.progress(tokens[1], 2, "");
+  wire.say({ id: 2, result: {} });
+  await other;
+  assert.deepEqual(seen.slice(4), ["other 2"]);
 });
 
-test("a listener that was taken away hears nothing more", { timeout }, async () => {
+test("a request without a listener asks for no progress", () => {
   const wire = new Wire();
-  const seen: number[] = [];
-  wire.connection.onProgress(7, (part) => seen.push(part.seq));
-  wire.progress(7, 1, "");
-  await wire.caughtUp();
-  wire.connection.onProgress(7, undefined);
-  wire.progress(7, 2, "");
-  await wire.caughtUp();
-  assert.deepEqual(seen, [1]);
+  wire.connection.request("generate", { model: "m", prompt: "p" });
+  assert.deepEqual(wire.sent()[0]?.params, { model: "m", prompt: "p" });
 });
 
-test("an error response rejects with its code, kind, retryability and data", { timeout }, async () => {
+test("an acknowledgement names the request's token, and is not sent after the response", async () => {
+  const wire = new Wire();
+  const { response, acknowledge } = wire.connection.request("generate", { model: "m" }, { onProgress: () => {} });
+  acknowledge(7);
+  const [request, ack] = wire.sent();
+  const token = request?.params["partialResultToken"];
+  assert.deepEqual(ack, { jsonrpc: "2.0", method: "$/streamAck", params: { token, seq: 7 } });
+  wire.say({ id: 1, result: {} });
+  await response;
+  acknowledge(8);
+  assert.deepEqual(wire.sent(), []);
+});
+
+test("a request in the background does not make the connection busy, whatever runs beside it", async () => {
+  const wire = new Wire();
+  const background = wire.connection.request("load", { model: "m" }, { background: true }).response;
+  assert.deepEqual(wire.busy, []);
+  const ping = wire.connection.request("ping", {}).response;
+  wire.say({ id: 2, result: {} });
+  await ping;
+  assert.deepEqual(wire.busy, [true, false]);
+  wire.say({ id: 1, result: {} });
+  await background;
+  assert.deepEqual(wire.busy, [true, false]);
+});
+
+test("whoever subscribes to the diagnostics channel sees every message both ways", async () => {
+  const wire = new Wire();
+  const seen: unknown[] = [];
+  const onMessage = (event: unknown) => {
+    const { connection, direction, message } = event as WireMessage;
+    if (connection === wire.connection) seen.push([direction, message]);
+  };
+  subscribe("mlx-sidecar:message", onMessage);
+  const { response } = wire.connection.request("ping", {});
+  wire.say({ id: 1, result: "pong" });
+  await response;
+  wire.connection.notify("exit", {});
+  unsubscribe("mlx-sidecar:message", onMessage);
+  wire.connection.notify("exit", {});
+  assert.deepEqual(seen, [
+    ["sent", { jsonrpc: "2.0", id: 1, method: "ping", params: {} }],
+    ["received", { jsonrpc: "2.0", id: 1, result: "pong" }],
+    ["sent", { jsonrpc: "2.0", method: "exit", params: {} }],
+  ]);
+});
+
+test("an error response rejects with its code, kind, retryability and data", async () => {
   const wire = new Wire();
   const { response } = wire.connection.request("stats", {});
   const data = { kind: "invalid_params", retryable: true, path: "messages[0].role" };
@@ -113,14 +167,14 @@ test("an error response rejects with its code, kind, retryability and data", { t
   });
 });
 
-test("an error response without data is of unknown kind and not retryable", { timeout }, async () => {
+test("an error response without data is of unknown kind and not retryable", async () => {
   const wire = new Wire();
   const { response } = wire.connection.request("stats", {});
   wire.say({ id: 1, error: { code: 1, message: "no" } });
   await assert.rejects(response, { kind: "unknown", retryable: false, data: {} });
 });
 
-test("close rejects every pending request once, with the first reason given", { timeout }, async () => {
+test("close rejects every pending request once, with the first reason given", async () => {
   const wire = new Wire();
   const end = new SidecarError("gone");
   const requests = [1, 2, 3].map(() => wire.connection.request("ping", {}).response);
@@ -132,7 +186,7 @@ test("close rejects every pending request once, with the first reason given", { 
   assert.deepEqual(wire.busy, [true, false]);
 });
 
-test("after close a request rejects with the same error, and nothing is sent any more", { timeout }, async () => {
+test("after close a request rejects with the same error, and nothing is sent any more", async () => {
   const wire = new Wire();
   const end = new SidecarError("gone");
   wire.connection.close(end);
@@ -144,7 +198,7 @@ test("after close a request rejects with the same error, and nothing is sent any
   assert.deepEqual(wire.busy, []);
 });
 
-test("it is busy from the first request in flight to the last answer", { timeout }, async () => {
+test("it is busy from the first request in flight to the last answer", async () => {
   const wire = new Wire();
   const first = wire.connection.request("ping", {}).response;
   const second = wire.connection.request("ping", {}).response;
@@ -156,7 +210,7 @@ test("it is busy from the first request in flight to the last answer", { timeout
   assert.deepEqual(wire.busy, [true, false]);
 });
 
-test("a broken pipe at either end is not an uncaught exception", { timeout }, async () => {
+test("a broken pipe at either end is not an uncaught exception", async () => {
   const wire = new Wire();
   for (const stream of [wire.input, wire.output]) {
     const closed = new Promise((resolve) => stream.once("close", resolve));
@@ -166,7 +220,7 @@ test("a broken pipe at either end is not an uncaught exception", { timeout }, as
   wire.connection.notify("exit", {});
 });
 
-test("params that are not JSON reject, send nothing and leave nothing in flight", { timeout }, async () => {
+test("params that are not JSON reject, send nothing and leave nothing in flight", async () => {
   const wire = new Wire();
   const { response } = wire.connection.request("generate", { model: "m", seed: 1n as unknown as number });
   await assert.rejects(response, TypeError);
@@ -174,7 +228,7 @@ test("params that are not JSON reject, send nothing and leave nothing in flight"
   assert.deepEqual(wire.busy, []);
 });
 
-test("a request beyond the server's limit is refused here, and one at the limit is sent", { timeout }, async () => {
+test("a request beyond the server's limit is refused here, and one at the limit is sent", async () => {
   const wire = new Wire();
   const text = "ä".repeat(100);
   wire.connection.request("tokenize", { model: "m", text });
@@ -188,7 +242,7 @@ test("a request beyond the server's limit is refused here, and one at the limit 
   );
 });
 
-test("a line that never ends is the end of the connection, not of the host's memory", { timeout }, async () => {
+test("a line that never ends is the end of the connection, not of the host's memory", async () => {
   const wire = new Wire(new LineSplitter(1000));
   const { response } = wire.connection.request("ping", {});
   for (let piece = 0; piece < 11; piece++) wire.input.write("x".repeat(100));
@@ -196,9 +250,10 @@ test("a line that never ends is the end of the connection, not of the host's mem
   wire.input.write(`x\n{"id":2,"result":"too late"}\n`);
   await assert.rejects(wire.connection.request("ping", {}).response, { name: "SidecarError" });
   assert.deepEqual(wire.busy, [true, false]);
+  assert(wire.input.destroyed);
 });
 
-test("a signal that is aborted already rejects with its reason, and nothing is sent", { timeout }, async () => {
+test("a signal that is aborted already rejects with its reason, and nothing is sent", async () => {
   const wire = new Wire();
   const signal = AbortSignal.abort("no need");
   const { response } = wire.connection.request("ping", {}, { signal });
@@ -206,7 +261,7 @@ test("a signal that is aborted already rejects with its reason, and nothing is s
   assert.deepEqual(wire.sent(), []);
 });
 
-test("aborting rejects at once, cancels on the server and waits for no answer", { timeout }, async () => {
+test("aborting rejects at once, cancels on the server and waits for no answer", async () => {
   const wire = new Wire();
   const controller = new AbortController();
   const reason = new Error("changed my mind");
@@ -220,7 +275,7 @@ test("aborting rejects at once, cancels on the server and waits for no answer", 
   await wire.caughtUp();
 });
 
-test("aborting after the answer does nothing", { timeout }, async () => {
+test("aborting after the answer does nothing", async () => {
   const wire = new Wire();
   const controller = new AbortController();
   const { response } = wire.connection.request("stats", {}, { signal: controller.signal });
@@ -230,7 +285,7 @@ test("aborting after the answer does nothing", { timeout }, async () => {
   assert.deepEqual(wire.sent(), []);
 });
 
-test("a signal that outlives its requests collects no listeners", { timeout }, async () => {
+test("a signal that outlives its requests collects no listeners", async () => {
   const wire = new Wire();
   const { signal } = new AbortController();
   const requests = [1, 2, 3].map(() => wire.connection.request("ping", {}, { signal }).response);
@@ -243,7 +298,7 @@ test("a signal that outlives its requests collects no listeners", { timeout }, a
   assert.equal(getEventListeners(signal, "abort").length, 0);
 });
 
-test("cancel asks the server and leaves the answer to it; after the answer it asks nothing", { timeout }, async () => {
+test("cancel asks the server and leaves the answer to it; after the answer it asks nothing", async () => {
   const wire = new Wire();
   const { response, cancel } = wire.connection.request("generate", { model: "m" });
   cancel();

@@ -1,13 +1,14 @@
 import assert from "node:assert/strict";
-import { test } from "node:test";
 import { fileURLToPath } from "node:url";
 
-import { run } from "./children.js";
+import { test } from "vitest";
+
+import { run } from "./support/children.js";
 
 const timeout = 120_000;
 
 test("the example answers the question, tells its numbers and ends the sidecar", { timeout }, async ({ signal }) => {
-  const example = fileURLToPath(new URL("../examples/chat.js", import.meta.url));
+  const example = fileURLToPath(new URL("../dist/examples/chat.js", import.meta.url));
   const { code, stdout, stderr } = await run([example, "What is the capital of France?"], signal);
   assert.equal(code, 0, stderr);
   assert.match(stdout, /^\n> What is the capital of France\?\n\n.*Paris/);

@@ -1,17 +1,19 @@
 import assert from "node:assert/strict";
-import { test } from "node:test";
+
+import { test } from "vitest";
 
 import { SidecarExitedError, SidecarRequestError } from "../src/errors.js";
-import { Generation } from "../src/generation.js";
-import type { GenerateProgress } from "../src/protocol.js";
-import { Wire } from "./wire.js";
+import { Generation, type Ask } from "../src/generation.js";
+import type { GenerateProgress } from "../src/generated/protocol.js";
+import { Wire } from "./support/wire.js";
 
-const timeout = 10_000;
-const TOKEN = "answer";
+const TOKEN = 1;
 const RESULT = { finishReason: "stop", lastSeq: 3 };
 
-function generate(wire: Wire, signal?: AbortSignal): Generation {
-  return new Generation(wire.connection, TOKEN, { model: "m", prompt: "p" }, signal === undefined ? {} : { signal });
+function generate(wire: Wire, { signal, windowBytes = 2 ** 18 }: { signal?: AbortSignal; windowBytes?: number } = {}) {
+  const params = { model: "m", prompt: "p" };
+  const ask: Ask = (onProgress) => wire.connection.request("generate", params, { signal, onProgress });
+  return new Generation(ask, windowBytes, signal);
 }
 
 function answer(wire: Wire, parts = ["a", "b", "c"]): void {
@@ -34,7 +36,7 @@ test("the request goes out at once and asks for progress", () => {
   );
 });
 
-test("parts come in order, those from before the loop and those that come during it", { timeout }, async () => {
+test("parts come in order, those from before the loop and those that come during it", async () => {
   const wire = new Wire();
   const generation = generate(wire);
   wire.progress(TOKEN, 1, "early");
@@ -49,7 +51,7 @@ test("parts come in order, those from before the loop and those that come during
   assert.deepEqual(await generation.result, RESULT);
 });
 
-test("an answer that was complete before the loop began is read in full", { timeout }, async () => {
+test("an answer that was complete before the loop began is read in full", async () => {
   const wire = new Wire();
   const generation = generate(wire);
   answer(wire);
@@ -57,7 +59,7 @@ test("an answer that was complete before the loop began is read in full", { time
   assert.deepEqual(await partsOf(generation), ["a", "b", "c"]);
 });
 
-test("text is all the parts, and result can be awaited without them", { timeout }, async () => {
+test("text is all the parts, and result can be awaited without them", async () => {
   const wire = new Wire();
   const generation = generate(wire);
   answer(wire);
@@ -65,7 +67,7 @@ test("text is all the parts, and result can be awaited without them", { timeout 
   assert.equal(await generation.text(), "abc");
 });
 
-test("parts are given once: a second loop is told so instead of getting nothing", { timeout }, async () => {
+test("parts are given once: a second loop is told so instead of getting nothing", async () => {
   const wire = new Wire();
   const generation = generate(wire);
   answer(wire);
@@ -74,7 +76,7 @@ test("parts are given once: a second loop is told so instead of getting nothing"
   await assert.rejects(generation.text(), TypeError);
 });
 
-test("a failure comes after the parts before it, once, and is typed", { timeout }, async () => {
+test("a failure comes after the parts before it, once, and is typed", async () => {
   const wire = new Wire();
   const generation = generate(wire);
   wire.progress(TOKEN, 1, "a");
@@ -86,7 +88,7 @@ test("a failure comes after the parts before it, once, and is typed", { timeout 
   await assert.rejects(generation.result, SidecarRequestError);
 });
 
-test("the end of the process comes after the parts before it", { timeout }, async () => {
+test("the end of the process comes after the parts before it", async () => {
   const wire = new Wire();
   const generation = generate(wire);
   wire.progress(TOKEN, 1, "a");
@@ -97,7 +99,7 @@ test("the end of the process comes after the parts before it", { timeout }, asyn
   await assert.rejects(iterator.next(), SidecarExitedError);
 });
 
-test("leaving the loop cancels once, and result says how it ended", { timeout }, async () => {
+test("leaving the loop cancels once, and result says how it ended", async () => {
   const wire = new Wire();
   const generation = generate(wire);
   wire.progress(TOKEN, 1, "a");
@@ -113,7 +115,7 @@ test("leaving the loop cancels once, and result says how it ended", { timeout },
   assert.equal((await generation.result).finishReason, "cancelled");
 });
 
-test("an exception in the loop cancels, and is the one that comes out", { timeout }, async () => {
+test("an exception in the loop cancels, and is the one that comes out", async () => {
   const wire = new Wire();
   const generation = generate(wire);
   wire.progress(TOKEN, 1, "a");
@@ -124,7 +126,7 @@ test("an exception in the loop cancels, and is the one that comes out", { timeou
   assert.equal(wire.sent().at(-1)?.method, "$/cancelRequest");
 });
 
-test("a loop that runs to the end cancels nothing", { timeout }, async () => {
+test("a loop that runs to the end cancels nothing", async () => {
   const wire = new Wire();
   const generation = generate(wire);
   answer(wire);
@@ -136,7 +138,7 @@ test("a loop that runs to the end cancels nothing", { timeout }, async () => {
   );
 });
 
-test("cancel ends the loop in order, with what came until then", { timeout }, async () => {
+test("cancel ends the loop in order, with what came until then", async () => {
   const wire = new Wire();
   const generation = generate(wire);
   wire.progress(TOKEN, 1, "a");
@@ -147,20 +149,20 @@ test("cancel ends the loop in order, with what came until then", { timeout }, as
   assert.equal(await text, "a");
 });
 
-test("aborting before it began rejects loop and result with the reason, and sends nothing", { timeout }, async () => {
+test("aborting before it began rejects loop and result with the reason, and sends nothing", async () => {
   const wire = new Wire();
   const reason = new Error("no need");
-  const generation = generate(wire, AbortSignal.abort(reason));
+  const generation = generate(wire, { signal: AbortSignal.abort(reason) });
   await assert.rejects(generation.text(), (error) => error === reason);
   await assert.rejects(generation.result, (error) => error === reason);
   assert.deepEqual(wire.sent(), []);
 });
 
-test("aborting wakes a loop that waits for a part, and cancels on the server", { timeout }, async () => {
+test("aborting wakes a loop that waits for a part, and cancels on the server", async () => {
   const wire = new Wire();
   const controller = new AbortController();
   const reason = new Error("changed my mind");
-  const generation = generate(wire, controller.signal);
+  const generation = generate(wire, controller);
   const iterator = generation[Symbol.asyncIterator]();
   const waiting = iterator.next();
   controller.abort(reason);
@@ -172,10 +174,10 @@ test("aborting wakes a loop that waits for a part, and cancels on the server", {
   );
 });
 
-test("aborting stops the loop also when the whole answer has arrived", { timeout }, async () => {
+test("aborting stops the loop also when the whole answer has arrived", async () => {
   const wire = new Wire();
   const controller = new AbortController();
-  const generation = generate(wire, controller.signal);
+  const generation = generate(wire, controller);
   answer(wire);
   await generation.result;
   const seen: string[] = [];
@@ -190,7 +192,7 @@ test("aborting stops the loop also when the whole answer has arrived", { timeout
   assert.deepEqual(await generation.result, RESULT);
 });
 
-test("progress that comes after the end is not kept", { timeout }, async () => {
+test("progress that comes after the end is not kept", async () => {
   const wire = new Wire();
   const generation = generate(wire);
   answer(wire, ["a"]);
@@ -198,4 +200,69 @@ test("progress that comes after the end is not kept", { timeout }, async () => {
   wire.progress(TOKEN, 2, "stray");
   await wire.caughtUp();
   assert.equal(await generation.text(), "a");
+});
+
+/** The acknowledgements among what the client has sent. */
+function acknowledged(wire: Wire): unknown[] {
+  return wire
+    .sent()
+    .filter(({ method }) => method === "$/streamAck")
+    .map(({ params }) => [params["token"], params["seq"]]);
+}
+
+test("parts are acknowledged once half of the window has been taken, up to the last that was", async () => {
+  const wire = new Wire();
+  const generation = generate(wire, { windowBytes: 12 });
+  for (const seq of [1, 2, 3, 4, 5, 6, 7]) wire.progress(TOKEN, seq, "ab");
+  await wire.caughtUp();
+  const iterator = generation[Symbol.asyncIterator]();
+  const take = async (count: number) => {
+    for (let part = 0; part < count; part++) await iterator.next();
+    return acknowledged(wire);
+  };
+  assert.deepEqual(await take(0), []);
+  assert.deepEqual(await take(2), []);
+  assert.deepEqual(await take(1), [[TOKEN, 3]]);
+  assert.deepEqual(await take(2), []);
+  assert.deepEqual(await take(2), [[TOKEN, 6]]);
+});
+
+test("the window is counted in bytes, and a part beyond it is acknowledged by itself", async () => {
+  const wire = new Wire();
+  const generation = generate(wire, { windowBytes: 8 });
+  wire.progress(TOKEN, 1, "é");
+  wire.progress(TOKEN, 2, "é");
+  wire.progress(TOKEN, 9, "a merged part that is longer than the window");
+  await wire.caughtUp();
+  const iterator = generation[Symbol.asyncIterator]();
+  await iterator.next();
+  assert.deepEqual(acknowledged(wire), []);
+  await iterator.next();
+  assert.deepEqual(acknowledged(wire), [[TOKEN, 2]]);
+  await iterator.next();
+  assert.deepEqual(acknowledged(wire), [[TOKEN, 9]]);
+});
+
+test("what nobody takes is not acknowledged, and the result comes all the same", async () => {
+  const wire = new Wire();
+  const generation = generate(wire, { windowBytes: 1 });
+  answer(wire);
+  assert.deepEqual(await generation.result, RESULT);
+  assert.deepEqual(acknowledged(wire), []);
+  assert.equal(await generation.text(), "abc");
+});
+
+test("a reader that is always behind gets everything, in order", async () => {
+  const wire = new Wire();
+  const generation = generate(wire, { windowBytes: 1 });
+  const expected = Array.from({ length: 500 }, (_, index) => `${index} `);
+  let said = 0;
+  const say = () => said < expected.length && wire.progress(TOKEN, said + 1, expected[said++] ?? "");
+  for (let ahead = 0; ahead < 50; ahead++) say();
+  const seen: string[] = [];
+  for await (const { text } of generation) {
+    seen.push(text);
+    if (!say() && seen.length === expected.length) wire.say({ id: 1, result: RESULT });
+  }
+  assert.deepEqual(seen, expected);
 });

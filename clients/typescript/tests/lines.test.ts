@@ -1,5 +1,6 @@
 import assert from "node:assert/strict";
-import { test } from "node:test";
+
+import { test } from "vitest";
 
 import { SidecarError } from "../src/errors.js";
 import { LineSplitter } from "../src/lines.js";

@@ -1,7 +1,8 @@
 /** The client with the real server and a real model; one sidecar for the whole file. */
 
 import assert from "node:assert/strict";
-import { after, before, test } from "node:test";
+
+import { afterAll, beforeAll, test } from "vitest";
 
 import { Sidecar, SidecarExitedError, type GenerateProgress, type LoadResult, type Message } from "../src/index.js";
 
@@ -15,14 +16,14 @@ const endless = { model, prompt: "Once upon a time", maxTokens: 2_000 };
 let sidecar: Sidecar;
 let loaded: LoadResult;
 
-before(async () => {
+beforeAll(async () => {
   sidecar = await Sidecar.spawn();
   loaded = await sidecar.load(model);
-}, { timeout });
+});
 
-after(async () => {
+afterAll(async () => {
   await sidecar?.close();
-}, { timeout });
+});
 
 /** Returns once no sequence is left in the engine; every attempt waits for two answers. */
 async function untilIdle(): Promise<void> {

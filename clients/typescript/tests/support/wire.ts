@@ -2,8 +2,8 @@
 
 import { PassThrough } from "node:stream";
 
-import { Connection } from "../src/connection.js";
-import type { LineSplitter } from "../src/lines.js";
+import { Connection } from "../../src/connection.js";
+import type { LineSplitter } from "../../src/lines.js";
 
 export interface Sent {
   id?: number;
