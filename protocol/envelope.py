@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .jsonrpc import SAFE_INTEGER
+from .jsonrpc import MAX_ID_CHARACTERS, SAFE_INTEGER
 
 Json = dict[str, Any]
 
@@ -11,7 +11,7 @@ _REQUEST_ID: Json = {
     "description": "Chosen by the client; no two requests in flight share one. Never a fraction, never null.",
     "anyOf": [
         {"type": "integer", "minimum": -SAFE_INTEGER, "maximum": SAFE_INTEGER},
-        {"type": "string"},
+        {"type": "string", "maxLength": MAX_ID_CHARACTERS},
     ],
 }
 

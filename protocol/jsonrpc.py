@@ -18,6 +18,9 @@ RequestId = int | str
 SAFE_INTEGER = 2**53 - 1
 """Largest integer that a JavaScript number holds exactly; ids and seeds stay within it."""
 
+MAX_ID_CHARACTERS = 1024
+"""An id is echoed, so it must not take the room of the answer."""
+
 MAX_BATCH_MEMBERS = 64
 
 
@@ -42,6 +45,12 @@ class BadFrame(Exception):
         super().__init__(error.message)
         self.error = error
         self.request_id = request_id
+
+
+class _Members(msgspec.Struct):
+    jsonrpc: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    method: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    id: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
 
 class _Response(msgspec.Struct, kw_only=True):
@@ -75,7 +84,17 @@ class Reply(msgspec.Struct):
 _encoder = msgspec.json.Encoder()
 _request_decoder = msgspec.json.Decoder(Request)
 _reply_decoder = msgspec.json.Decoder(Reply)
-_batch_decoder = msgspec.json.Decoder(list[msgspec.Raw])
+_raw_decoder = msgspec.json.Decoder(msgspec.Raw)
+_members_decoder = msgspec.json.Decoder(_Members)
+# A struct, not a list: of this the decoder makes no more members than there may be.
+_batch_decoder = msgspec.json.Decoder(
+    msgspec.defstruct(
+        "_Batch",
+        [(f"member{n}", msgspec.Raw | msgspec.UnsetType, msgspec.UNSET) for n in range(MAX_BATCH_MEMBERS)],
+        array_like=True,
+        forbid_unknown_fields=True,
+    )
+)
 
 # Line ends to JavaScript's readline and to str.splitlines, though not to JSON.
 _LINE_SEPARATORS = (
@@ -101,8 +120,8 @@ def decode_request(frame: bytes) -> Request:
         request = _request_decoder.decode(frame)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         raise _bad_frame(frame) from None
-    if isinstance(request.id, int) and abs(request.id) > SAFE_INTEGER:
-        raise BadFrame(InvalidRequest("The id is larger than 2^53 - 1. Use a smaller one or a string."), None)
+    if not isinstance(request.id, msgspec.UnsetType) and (problem := _id_problem(request.id)) is not None:
+        raise BadFrame(InvalidRequest(problem), None)
     return request
 
 
@@ -119,15 +138,17 @@ def decode_batch(frame: bytes) -> list[Request | BadFrame]:
     """
     _check_text(frame)
     try:
-        members = _batch_decoder.decode(frame)
+        members = msgspec.structs.astuple(_batch_decoder.decode(frame))
+    except msgspec.ValidationError:
+        if not _is_json(frame):
+            raise BadFrame(ParseError(), None) from None
+        problem = f"A batch holds at most {MAX_BATCH_MEMBERS} requests. Send them in parts."
+        raise BadFrame(InvalidRequest(problem), None) from None
     except (msgspec.DecodeError, RecursionError):
         raise BadFrame(ParseError(), None) from None
-    if not members:
+    if members[0] is msgspec.UNSET:
         raise BadFrame(InvalidRequest("A batch holds at least one request."), None)
-    if len(members) > MAX_BATCH_MEMBERS:
-        problem = f"A batch holds at most {MAX_BATCH_MEMBERS} requests. Send them in parts."
-        raise BadFrame(InvalidRequest(problem), None)
-    return [_decode_member(bytes(member)) for member in members]
+    return [_decode_member(bytes(member)) for member in members if member is not msgspec.UNSET]
 
 
 def decode_reply(frame: bytes) -> Reply:
@@ -216,22 +237,45 @@ def _decode_member(frame: bytes) -> Request | BadFrame:
 
 def _bad_frame(frame: bytes) -> BadFrame:
     # Validation stops at the first wrong member, so whether the rest is JSON at all is only known now.
-    try:
-        message = msgspec.json.decode(frame)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+    # Nothing is built of it: a frame of 64 MiB may hold twenty million empty lists.
+    if not _is_json(frame):
         return BadFrame(ParseError(), None)
-    if not isinstance(message, dict):
+    try:
+        members = _members_decoder.decode(frame)
+    except msgspec.ValidationError:
         return BadFrame(InvalidRequest("A request is a JSON object."), None)
-    members = cast(dict[str, Any], message)
-    request_id: Any = members.get("id")
-    usable_id = isinstance(request_id, RequestId) and not isinstance(request_id, bool)
-    if members.get("jsonrpc") != "2.0":
+    request_id = _decoded(members.id, RequestId)
+    if _decoded(members.jsonrpc, str) != "2.0":
         problem = 'The member "jsonrpc" must be "2.0".'
-    elif not isinstance(members.get("method"), str):
+    elif _decoded(members.method, str) is None:
         problem = 'The member "method" must be a string.'
     else:
         problem = 'The member "id" must be a string or an integer.'
-    return BadFrame(InvalidRequest(problem), request_id if usable_id else None)
+    return BadFrame(InvalidRequest(problem), None if _id_problem(request_id) else request_id)
+
+
+def _is_json(frame: bytes) -> bool:
+    try:
+        _raw_decoder.decode(frame)
+    except (msgspec.DecodeError, RecursionError):
+        return False
+    return True
+
+
+def _decoded(raw: msgspec.Raw | msgspec.UnsetType, kind: Any) -> Any:
+    """Return the member as `kind`, or None if it is none."""
+    try:
+        return None if isinstance(raw, msgspec.UnsetType) else msgspec.json.decode(raw, type=kind)
+    except msgspec.DecodeError:
+        return None
+
+
+def _id_problem(request_id: RequestId | None) -> str | None:
+    if isinstance(request_id, int) and abs(request_id) > SAFE_INTEGER:
+        return "The id is larger than 2^53 - 1. Use a smaller one or a string."
+    if isinstance(request_id, str) and len(request_id) > MAX_ID_CHARACTERS:
+        return f"The id is longer than {MAX_ID_CHARACTERS} characters. Use a shorter one."
+    return None
 
 
 def _invalid_params(message: str) -> InvalidParams:

@@ -82,7 +82,7 @@ class InitializeParams(Params):
 
     protocol_version: int
     client_info: ClientInfo | UnsetType = UNSET
-    process_id: Annotated[int, Meta(ge=1, le=SAFE_INTEGER)] | None = None
+    process_id: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
     capabilities: dict[str, Any] = {}
     flow_control: FlowControl | None = None
 

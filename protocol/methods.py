@@ -15,7 +15,8 @@ class Method(Struct, frozen=True):
     """A request method. `result` None means the answer is null; a `dict` is a document of its own schema.
 
     `errors` are those that only some methods have; a broken frame, wrong parameters and an internal error can
-    happen to all, and an answer that is too large or a cancel to all that need the connection to be open. `progress` is the type of the values that a `partialResultToken` asks for.
+    happen to all, and an answer that is too large or a cancel to all that need the connection to be open.
+    `progress` is the type of the values that a `partialResultToken` asks for.
     """
 
     name: str

@@ -30,6 +30,7 @@ from .server.connection import Connection, Handler, OnEvent
 from .server.exit_codes import UNAVAILABLE
 from .server.guests import CANCEL_SECONDS, FLUSH_SECONDS, Guests
 from .server.lifecycle import (
+    LISTENING_FAILED,
     Ending,
     Lifecycle,
     ending_of_host,
@@ -96,16 +97,19 @@ class App:
     async def run(self, serve: "Callable[[App], None]") -> Ending:
         """Let `serve` begin, and return why it ended, with everything said that had to be."""
         async with self._tasks:
-            self._tasks.start_soon(watch_signals, self._lifecycle.end)
+            await self._tasks.start(watch_signals, self._lifecycle.end)
             serve(self)
             await self._drain()
             self._over = True
             self._tasks.cancel_scope.cancel()
-        deadline = time.monotonic() + FLUSH_SECONDS
+        ending = await self._lifecycle.wait()
+        # Who only stopped talking may still be reading: `serve < requests.jsonl | something slow`.
+        patience = max(FLUSH_SECONDS, self._settings.eof_grace_seconds) if ending.grace else FLUSH_SECONDS
+        deadline = time.monotonic() + patience
         for connection in self._connections():
             connection.flush()
             connection.peer.outbox.wait_until_idle(max(deadline - time.monotonic(), 0))
-        return await self._lifecycle.wait()
+        return ending
 
     def serve_host(self, host: Peer) -> None:
         """Serve one host, whose end is ours."""
@@ -138,7 +142,7 @@ class App:
             grace_seconds=self._settings.eof_grace_seconds,
             max_connections=self._settings.max_connections,
         )
-        self._guests.start()
+        self._guests.start(lambda: self._lifecycle.end(LISTENING_FAILED))
         on_ready()
 
     def _connect(
@@ -197,6 +201,7 @@ class App:
                 await self._settled_or_hurried(self._host, ending)
         connections = self._connections()
         for connection in connections:
+            connection.peer.intake.shut_down = True
             connection.cancel_all()
         with anyio.move_on_after(CANCEL_SECONDS):
             for connection in connections:

@@ -1,13 +1,16 @@
 """Models and servers that many tests share."""
 
+import json
 import os
+import shutil
+import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 from support.tiny_model import make_tiny_model
-from support.wire import Wire
+from support.wire import Listening, Wire
 
 DEMO_MODEL = "smollm2-135m"
 
@@ -23,12 +26,41 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def roomy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny model whose context is so long that only a cancel ends an answer."""
+    model = make_tiny_model(tmp_path_factory.mktemp("models") / "roomy")
+    config = model / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 1 << 20}))
+    return model
+
+
+@pytest.fixture
+def socket_path() -> Generator[Path]:
+    """Where a socket can be made: in a private folder, on a path that is short enough."""
+    folder = Path(tempfile.mkdtemp(prefix="mlx-", dir="/tmp"))
+    yield folder / "s"
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
 def tiny_server(tiny_model: Path) -> Generator[Wire]:
     """A server that has the tiny model loaded, under the name of its folder."""
     with Wire() as wire:
         wire.initialize()
         wire.result("load", model=str(tiny_model))
         yield wire
+
+
+@pytest.fixture(scope="session")
+def listening_server(tiny_model: Path, roomy_model: Path) -> Generator[Listening]:
+    """A server for many clients that has the tiny and the roomy model loaded."""
+    folder = Path(tempfile.mkdtemp(prefix="mlx-", dir="/tmp"))
+    with Listening(folder / "s") as server:
+        with server.connect() as guest:
+            for model in (tiny_model, roomy_model):
+                guest.result("load", model=str(model))
+        yield server
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

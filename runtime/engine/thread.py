@@ -147,6 +147,8 @@ class InferenceThread:
         while self._vitals.state != "stopping":
             busy = any(len(batch) for batch in self._batches.values())
             self._vitals.last_step_at = (self._vitals.last_step_at or time.monotonic()) if busy else None
+            if not busy:
+                self._note_memory()
             self._obey(wait=not busy)
             self._step_all()
 

@@ -128,7 +128,9 @@ class ModelRegistry:
             ModelNotFound, InvalidModel, BackendUnavailable, InvalidParams.
         """
         present = self._models.get(params.model)
-        return self._bring(self._new(params.model), params) if present is None else self._join(present, params)
+        return (
+            self._bring(self._new(params.model), params) if present is None else self._join(present, params)
+        )
 
     async def unload(self, params: m.UnloadParams) -> m.UnloadResult:
         """Give a model's memory back, after its requests have ended; `force` ends them.

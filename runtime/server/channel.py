@@ -1,8 +1,8 @@
 """The bytes of one peer: a pair of descriptors, or one socket for both directions.
 
 Reading blocks, on the reader's thread. Writing comes in two forms: `write_all` waits for the peer,
-`try_write` never does. The descriptors are never made non-blocking: O_NONBLOCK belongs to the open file, which
-a parent or a child may share with us. For the same reason they may be so all the same.
+`try_write` never does. Nothing here makes a descriptor non-blocking: O_NONBLOCK belongs to the open file,
+which a parent or a child may share with us. For the same reason it may be set all the same.
 """
 
 import os

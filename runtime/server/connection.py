@@ -142,7 +142,8 @@ class Connection:
     async def settled(self, *, but: Call | None = None) -> None:
         """Wait until every request in flight has been answered."""
         while self._calls.keys() - ({but.id} if but else set[jsonrpc.RequestId]()):
-            self._idle = anyio.Event()
+            if self._idle.is_set():
+                self._idle = anyio.Event()
             await self._idle.wait()
 
     def _call(self, call: Call, params: Any) -> None:

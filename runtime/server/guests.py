@@ -46,15 +46,21 @@ class Guests:
         self._tasks = tasks
         self.present: set[Connection] = set()
         self._leaving: set[Connection] = set()
+        self._on_failure: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._accept_all, name="acceptor", daemon=True)
 
-    def start(self) -> None:
-        """Let clients in."""
+    def start(self, on_failure: Callable[[], None]) -> None:
+        """Let clients in. `on_failure` is called, on the event loop, if that cannot go on."""
+        self._on_failure = on_failure
         self._thread.start()
 
     def _accept_all(self) -> None:
-        while (client := self._listener.accept()) is not None:
-            self._post(self._let_in, client)
+        try:
+            while (client := self._listener.accept()) is not None:
+                self._post(self._let_in, client)
+        except OSError:
+            log.exception("listening has failed")
+            self._post(self._on_failure)
 
     def _let_in(self, client: socket.socket) -> None:
         if len(self.present) >= self._max:
@@ -64,6 +70,8 @@ class Guests:
         self.present.add(self._open_connection(Channel.over(client), self._on_event))
 
     def _on_event(self, guest: Connection, event: PeerEvent) -> None:
+        if guest not in self.present:
+            return  # Stopping the outbox of one who is gone breaks it.
         if event is PeerEvent.GONE:
             guest.cancel_all()
             self.present.discard(guest)

@@ -140,13 +140,13 @@ class Intake:
             self._accepted.append(Incoming(None, method, params))
 
     def _accept(self, request_id: jsonrpc.RequestId, method: str, raw: Raw, *, in_batch: bool) -> Any:
+        if self.shut_down:
+            raise errors.ShuttingDown()
         if request_id in self.in_flight:
             raise errors.DuplicateId(request_id)
         entry = METHODS.get(method)
         if entry is None:
             raise errors.MethodNotFound(method)
-        if self.shut_down:
-            raise errors.ShuttingDown()
         if not self.initialized and not entry.before_initialize:
             raise errors.NotInitialized()
         params = jsonrpc.decode_params(raw, PARAMS_DECODERS[method].decode)

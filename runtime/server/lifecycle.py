@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import anyio
+from anyio.abc import TaskStatus
 
 from . import exit_codes
 from .peer import PeerEvent
@@ -45,6 +46,9 @@ def engine_died(error: BaseException) -> Ending:
     return Ending("the inference thread died", code)
 
 
+LISTENING_FAILED = Ending("nobody can connect any more", exit_codes.INTERNAL_ERROR)
+
+
 class Lifecycle:
     """Holds the first reason to end; everything that can end the process reports here, on the event loop."""
 
@@ -66,17 +70,31 @@ class Lifecycle:
         return self._ending
 
 
-async def watch_signals(end: Callable[[Ending], None]) -> None:
+async def watch_signals(
+    end: Callable[[Ending], None], *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+) -> None:
     """Turn SIGTERM and SIGINT into endings."""
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
         async for received in signals:
             end(Ending(f"signal {received.name}", 128 + received))
 
 
 async def watch_host(process_id: int, end: Callable[[Ending], None]) -> None:
     """End when the process `process_id` is gone: a wrapper may hold our stdin open when the host has died."""
-    while _is_alive(process_id):
-        await anyio.sleep(_HOST_POLL_SECONDS)
+    try:
+        descriptor = os.pidfd_open(process_id)
+    except (ProcessLookupError, OverflowError):
+        pass
+    except (AttributeError, OSError):
+        while _is_alive(process_id):
+            await anyio.sleep(_HOST_POLL_SECONDS)
+    else:
+        # Tells at once, and also of a host that nobody has reaped, which `kill` takes to be alive.
+        try:
+            await anyio.wait_readable(descriptor)
+        finally:
+            os.close(descriptor)
     end(HOST_DIED)
 
 

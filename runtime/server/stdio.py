@@ -8,6 +8,7 @@ import fcntl
 import os
 from typing import NamedTuple
 
+_STANDARD_ERROR = 2
 _FIRST_PRIVATE_DESCRIPTOR = 10
 
 
@@ -20,8 +21,11 @@ class Wire(NamedTuple):
 
 def claim_stdio() -> Wire:
     """Move stdin and stdout to private descriptors and divert the standard ones. Call once, first."""
-    wire = Wire(*(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_PRIVATE_DESCRIPTOR) for fd in (0, 1)))
-    nowhere = os.open(os.devnull, os.O_RDWR)
+    opened = os.open(os.devnull, os.O_RDWR)  # Perhaps as one of the three, if that was closed.
+    nowhere = _duplicate(opened)
+    if opened > _STANDARD_ERROR:
+        os.close(opened)
+    wire = Wire(_private(0, nowhere), _private(1, nowhere))
     os.dup2(nowhere, 0)
     try:
         os.dup2(2, 1)
@@ -30,3 +34,14 @@ def claim_stdio() -> Wire:
         os.dup2(nowhere, 2)
     os.close(nowhere)
     return wire
+
+
+def _private(descriptor: int, nowhere: int) -> int:
+    try:
+        return _duplicate(descriptor)
+    except OSError:  # It was closed when we were started.
+        return _duplicate(nowhere)
+
+
+def _duplicate(descriptor: int) -> int:
+    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _FIRST_PRIVATE_DESCRIPTOR)

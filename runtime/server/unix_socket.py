@@ -188,11 +188,11 @@ def peer_uid(connection: socket.socket) -> int:
 def notify_ready(environ: Mapping[str, str]) -> None:
     """Tell systemd, if it asked for it, that clients will be served. Never raises."""
     address = environ.get("NOTIFY_SOCKET", "")
-    if not address.startswith(("/", "@")):
+    if not address:
         return
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
         notifier.settimeout(_NOTIFY_TIMEOUT_SECONDS)
-        notifier.sendto(b"READY=1\n", address.replace("@", "\0", 1) if address[0] == "@" else address)
+        notifier.sendto(b"READY=1\n", f"\0{address[1:]}" if address[0] == "@" else address)
 
 
 def _is_trusted(uid: int) -> bool:

@@ -1,10 +1,9 @@
 """The log: lines on stderr, for people or for programs."""
 
+import json
 import logging
 import sys
 from datetime import UTC, datetime
-
-import msgspec
 
 from mlx_sidecar.config.settings import LogFormat, LogLevel
 
@@ -29,4 +28,4 @@ class _JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(line).decode()
+        return json.dumps(line)

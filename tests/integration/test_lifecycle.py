@@ -9,13 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.wire import COMMAND, Wire
+from support.wire import COMMAND, PATIENCE_SECONDS, Sidecar, Wire, lines
 
 LONG: dict[str, Any] = {"tokens": [1], "maxTokens": 250, "logitBias": {"3": 1000}}
-
-
-def lines(*messages: dict[str, Any]) -> bytes:
-    return b"".join(json.dumps({"jsonrpc": "2.0"} | message).encode() + b"\n" for message in messages)
 
 
 def run(
@@ -257,5 +253,160 @@ def test_without_mlx_every_load_says_so_and_everything_else_is_answered(tmp_path
         assert wire.result("models") == {"models": []}
 
 
-def test_wrong_arguments_exit_with_2() -> None:
-    assert run(b"", "--no-such-flag").returncode == 2
+@pytest.mark.parametrize(
+    "arguments",
+    [["--no-such-flag"], ["--listen", "a", "--pipe", "b"], ["--framing", "xml"], ["--eof-grace", "soon"]],
+)
+def test_wrong_arguments_exit_with_2(arguments: list[str]) -> None:
+    assert run(b"", *arguments).returncode == 2
+
+
+def test_where_mlx_cannot_start_the_exit_code_says_so(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['mlx.core'] = None\n")
+    done = run(
+        lines(
+            {"id": 1, "method": "initialize", "params": {"protocolVersion": 1}},
+            {"id": 2, "method": "load", "params": {"model": "smollm2-135m"}},
+        ),
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 69
+    assert json.loads(done.stdout.splitlines()[1])["error"]["data"]["kind"] == "backend_unavailable"
+
+
+def test_a_host_that_only_pings_is_answered_before_the_rest_is_imported(tmp_path: Path) -> None:
+    # The import of the event loop waits for a file that appears only once the pings have been answered.
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    (tmp_path / "anyio.py").write_text(f"open({str(gate)!r}).read()\nraise ImportError('no loop')\n")
+    with Wire(env={"PYTHONPATH": str(tmp_path)}) as wire:
+        for _ in range(100):
+            assert wire.result("ping")["state"] == "starting"
+        assert wire.error("models")["data"]["kind"] == "not_initialized"
+        gate.write_text("")
+        assert wire.wait() == 70
+
+
+def test_the_log_can_be_json_line_by_line(tiny_model: Path, tmp_path: Path) -> None:
+    model = str(tiny_model)
+    with Wire("--log-format", "json", "--log-level", "debug") as wire:
+        wire.initialize()
+        wire.result("load", model=model)
+        (tmp_path / "config.json").write_text("{")
+        wire.error("load", model=str(tmp_path))
+        wire.notify("$/cancelRequest", wrong=1)
+        wire.result("generate", model=model, tokens=[1], maxTokens=2)
+        wire.result("shutdown")
+        wire.notify("exit")
+        assert wire.wait() == 0
+    entries = [json.loads(line) for line in bytes(wire.stderr).splitlines()]
+    assert {"time", "level", "logger", "message"} <= set.intersection(*(set(entry) for entry in entries))
+    assert {"debug", "info", "warning"} >= {entry["level"] for entry in entries} >= {"info", "warning"}
+
+
+def test_the_log_level_is_the_least_that_is_written(tiny_model: Path) -> None:
+    with Wire("--log-level", "error") as wire:
+        wire.initialize()
+        wire.result("load", model=str(tiny_model))
+    assert wire.stderr == b""
+
+
+def test_a_host_that_neither_speaks_nor_listens_any_more_ends_the_sidecar_at_once(tiny_model: Path) -> None:
+    # With patience for the requests of a host that still listens; this one does not.
+    with Sidecar("--eof-grace", "1000") as sidecar:
+        assert sidecar.process.stdin is not None
+        assert sidecar.process.stdout is not None
+        sidecar.process.stdin.write(
+            lines(
+                {"id": 1, "method": "initialize", "params": {"protocolVersion": 1}},
+                {"id": 2, "method": "load", "params": {"model": str(tiny_model)}},
+                {"id": 3, "method": "generate", "params": {"model": str(tiny_model), **LONG}},
+            )
+        )
+        sidecar.process.stdin.flush()
+        assert b'"id":1' in sidecar.process.stdout.readline()
+        sidecar.process.stdout.close()
+        sidecar.process.stdin.close()
+        assert sidecar.wait() in (0, 1)
+
+
+def test_shutdown_and_the_end_of_stdin_together_end_at_once_with_every_answer(roomy_model: Path) -> None:
+    model = str(roomy_model)
+    with Wire("--eof-grace", "1000") as wire:
+        wire.initialize()
+        wire.result("load", model=model)
+        endless = {"model": model, **LONG, "maxTokens": 10**9}
+        wire.write(
+            lines(
+                {"id": "g", "method": "generate", "params": endless},
+                {"id": "down", "method": "shutdown"},
+            )
+        )
+        wire.end_input()
+        answers = {message["id"]: message for message in wire.rest()}
+        assert answers["g"]["result"]["finishReason"] == "cancelled"
+        assert answers["down"]["result"] is None
+        assert wire.wait() == 0
+
+
+def test_shutdown_and_exit_in_one_write_are_both_obeyed(roomy_model: Path) -> None:
+    model = str(roomy_model)
+    with Wire() as wire:
+        wire.initialize()
+        wire.result("load", model=model)
+        running = wire.send("generate", model=model, **(LONG | {"maxTokens": 10**9}), partialResultToken="t")
+        while not wire.progress("t"):
+            wire.result("ping")
+        wire.write(lines({"id": "down", "method": "shutdown"}, {"method": "exit"}))
+        assert wire.response(running)["result"]["finishReason"] == "cancelled"
+        assert wire.response("down")["result"] is None
+        assert wire.wait() == 0
+
+
+def test_a_process_id_that_no_process_can_have_is_a_host_that_is_gone() -> None:
+    with Wire() as wire:
+        wire.send("initialize", protocolVersion=1, processId=2**31 - 1)
+        wire.wait()
+        assert b"Traceback" not in wire.stderr
+
+
+HOST = """
+import json, os, subprocess, sys
+command, detached, wrapped = sys.argv[1], "detached" in sys.argv, "wrapped" in sys.argv
+sidecar = subprocess.Popen(
+    [command, "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=detached
+)
+params = {"protocolVersion": 1, "processId": os.getpid()} if wrapped else {"protocolVersion": 1}
+request = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": params}
+sidecar.stdin.write(json.dumps(request).encode() + b"\\n")
+sidecar.stdin.flush()
+sidecar.stdout.readline()
+if wrapped:
+    pipes = (sidecar.stdin.fileno(), sidecar.stdout.fileno())
+    # It holds the pipes until the test closes the other end of its stdin.
+    subprocess.Popen(["cat"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=pipes)
+print("ready", flush=True)
+sidecar.wait()
+"""
+
+
+@pytest.mark.parametrize("how", ["attached", "detached", "wrapped"])
+def test_a_host_that_is_killed_takes_the_sidecar_with_it(how: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOST, COMMAND, how],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as host:
+        assert host.stdin is not None
+        assert host.stdout is not None
+        assert host.stderr is not None
+        assert host.stdout.readline() == b"ready\n"
+        host.kill()
+        # A host that nobody has waited for still counts as a process.
+        host.wait(PATIENCE_SECONDS)
+        # The sidecar has this pipe too, so its end is the sidecar's.
+        log = host.stderr.read()
+        host.stdin.close()
+    assert b"ending: " in log
+    assert b"Traceback" not in log

@@ -3,14 +3,16 @@
 import json
 import os
 import queue
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self, cast
 
 COMMAND = str(Path(sys.executable).parent / "mlx-sidecar")
 PATIENCE_SECONDS = 60.0
@@ -18,62 +20,40 @@ PATIENCE_SECONDS = 60.0
 Json = dict[str, Any]
 
 
-class Wire:
-    """Spawns `mlx-sidecar serve`, writes requests and reads answers. Every stdout line must be JSON."""
+class Talk:
+    """A client's side of one connection. Whatever is not asked for yet is kept for later."""
 
-    def __init__(self, *arguments: str, env: Mapping[str, str] | None = None) -> None:
-        self.process = subprocess.Popen(
-            [COMMAND, "serve", *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=os.environ | dict(env or {}),
-        )
-        self.stderr = bytearray()
-        self._frames: queue.Queue[bytes | None] = queue.Queue()
+    def __init__(self) -> None:
         self._aside: list[Json] = []
         self._last_id = 0
-        self._threads = [threading.Thread(target=target) for target in (self._read, self._read_log)]
-        for thread in self._threads:
-            thread.start()
-
-    def __enter__(self) -> "Wire":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.wait()
-
-    def initialize(self) -> Json:
-        """Open the connection and return the result."""
-        return self.result("initialize", protocolVersion=1)
 
     def write(self, data: bytes) -> None:
         """Write raw bytes."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(data)
-        self.process.stdin.flush()
+        raise NotImplementedError
+
+    def line(self) -> bytes | None:
+        """Return the next line, waiting for it, or None at the end of what the server says."""
+        raise NotImplementedError
+
+    def initialize(self, **params: Any) -> Json:
+        """Open the connection and return the result."""
+        return self.result("initialize", protocolVersion=1, **params)
 
     def send(self, method: str, **params: Any) -> int:
         """Send a request and return its id."""
         self._last_id += 1
-        self.write(_line({"jsonrpc": "2.0", "id": self._last_id, "method": method, "params": params}))
+        self.write(lines({"id": self._last_id, "method": method, "params": params}))
         return self._last_id
 
     def notify(self, method: str, **params: Any) -> None:
         """Send a notification."""
-        self.write(_line({"jsonrpc": "2.0", "method": method, "params": params}))
+        self.write(lines({"method": method, "params": params}))
 
-    def read(self) -> Json:
-        """Return the next frame; fail if the server ends or says nothing for a minute."""
-        frame = self._frames.get(timeout=PATIENCE_SECONDS)
-        assert frame is not None, f"the server ended: {self.stderr.decode(errors='replace')[-2000:]}"
-        message: Json = json.loads(frame)
-        assert message["jsonrpc"] == "2.0"
-        return message
+    def read(self) -> Any:
+        """Return the next frame; fail if the server says nothing for a minute, or nothing more."""
+        line = self.line()
+        assert line is not None, f"the server has ended: {self._last_words()}"
+        return self._received(line)
 
     def response(self, request_id: int | str | None) -> Json:
         """Return the response to a request; other frames are kept for later."""
@@ -86,6 +66,13 @@ class Wire:
             if "method" not in message and message["id"] == request_id:
                 return message
             self._aside.append(message)
+
+    def batch(self, *members: Any) -> list[Json]:
+        """Send a batch and return the array that answers it; other frames are kept for later."""
+        self.write(json.dumps(members).encode() + b"\n")
+        while not isinstance(message := self.read(), list):
+            self._aside.append(message)
+        return cast(list[Json], message)
 
     def progress(self, token: int | str) -> list[Json]:
         """Return the progress values received so far for a token."""
@@ -111,22 +98,61 @@ class Wire:
         assert "result" not in response, response
         return response["error"]
 
-    def end_input(self) -> None:
-        """Close the server's stdin."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+    def stats_when(self, condition: Callable[[Json], bool]) -> Json:
+        """Ask for `stats` until they fulfil a condition, and return them."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not condition(stats := self.result("stats")):
+            assert time.monotonic() < deadline, stats
+        return stats
 
     def rest(self) -> list[Json]:
-        """Return what had been put aside and everything else that comes, up to the end of the process."""
+        """Return what had been put aside and everything else that comes, up to the end."""
         messages, self._aside = self._aside, []
-        while (frame := self._frames.get(timeout=PATIENCE_SECONDS)) is not None:
-            messages.append(json.loads(frame))
+        while (line := self.line()) is not None:
+            messages.append(self._received(line))
         return messages
+
+    def _received(self, line: bytes) -> Any:
+        """Return what a line holds. Everything that a server says in any test passes here."""
+        message: Any = json.loads(line)
+        members = cast(list[Json], message) if line.startswith(b"[") else [message]
+        assert all(member["jsonrpc"] == "2.0" for member in members)
+        return message
+
+    def _last_words(self) -> str:
+        return "no more can be said"
+
+
+class Sidecar:
+    """A `mlx-sidecar serve` process. It is killed at the end of the block, if it still runs then."""
+
+    def __init__(self, *arguments: str | Path, env: Mapping[str, str] | None = None) -> None:
+        super().__init__()
+        self.process = subprocess.Popen(
+            [COMMAND, "serve", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | dict(env or {}),
+        )
+        self.stderr = bytearray()
+        self.threads = [threading.Thread(target=self._read_log)]
+        self.threads[0].start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.wait()
 
     def wait(self) -> int:
         """Wait for the end of the process and return its exit code."""
         code = self.process.wait(PATIENCE_SECONDS)
-        for thread in self._threads:
+        for thread in self.threads:
             thread.join(PATIENCE_SECONDS)
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
             assert stream is not None
@@ -134,17 +160,108 @@ class Wire:
                 stream.close()
         return code
 
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in iter(self.process.stdout.readline, b""):
-            self._frames.put(line)
-        self._frames.put(None)
-
     def _read_log(self) -> None:
         assert self.process.stderr is not None
         while chunk := os.read(self.process.stderr.fileno(), 65536):
             self.stderr += chunk
 
 
-def _line(message: Json) -> bytes:
-    return json.dumps(message).encode() + b"\n"
+class Wire(Sidecar, Talk):
+    """A server on stdin and stdout, and its host. Every stdout line must be JSON."""
+
+    def __init__(self, *arguments: str | Path, env: Mapping[str, str] | None = None) -> None:
+        super().__init__(*arguments, env=env)
+        self._lines: queue.Queue[bytes | None] = queue.Queue()
+        self.threads.append(threading.Thread(target=self._read_lines))
+        self.threads[-1].start()
+
+    def write(self, data: bytes) -> None:
+        """Write raw bytes to the server's stdin."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(data)
+        self.process.stdin.flush()
+
+    def line(self) -> bytes | None:
+        """Return the next line of stdout."""
+        return self._lines.get(timeout=PATIENCE_SECONDS)
+
+    def end_input(self) -> None:
+        """Close the server's stdin."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
+    def _read_lines(self) -> None:
+        assert self.process.stdout is not None
+        for line in iter(self.process.stdout.readline, b""):
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def _last_words(self) -> str:
+        return self.stderr.decode(errors="replace")[-2000:]
+
+
+class Guest(Talk):
+    """A client on a connected socket. It reads when it is asked for something and at no other time."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        super().__init__()
+        connected.settimeout(PATIENCE_SECONDS)
+        self.socket = connected
+        self._file = connected.makefile("rb")
+
+    @classmethod
+    def at(cls, path: Path) -> "Guest":
+        """Return a client of the server that listens at `path`."""
+        connected = socket.socket(socket.AF_UNIX)
+        connected.connect(str(path))
+        return cls(connected)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def write(self, data: bytes) -> None:
+        """Write raw bytes to the socket."""
+        self.socket.sendall(data)
+
+    def line(self) -> bytes | None:
+        """Return the next line from the socket."""
+        try:
+            return self._file.readline() or None
+        except ConnectionResetError:
+            return None  # What we had said was not read any more.
+
+    def end_input(self) -> None:
+        """Say that no more will be said; the other direction stays open."""
+        self.socket.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """Go away."""
+        self._file.close()
+        self.socket.close()
+
+
+class Listening(Sidecar):
+    """A server that listens at `path`; it serves by the time it is made."""
+
+    def __init__(self, path: Path, *arguments: str, env: Mapping[str, str] | None = None) -> None:
+        super().__init__("--listen", path, *arguments, env=env)
+        self.path = path
+        assert self.process.stdout is not None
+        self.announcement = self.process.stdout.read()
+        """All that the server ever wrote to stdout, which it has closed."""
+
+    def connect(self, **params: Any) -> Guest:
+        """Return a client for which `initialize` has been answered."""
+        guest = Guest.at(self.path)
+        guest.initialize(**params)
+        return guest
+
+
+def lines(*messages: Json) -> bytes:
+    """Return messages as they stand on the wire, one a line."""
+    return b"".join(json.dumps({"jsonrpc": "2.0"} | message).encode() + b"\n" for message in messages)

@@ -3,9 +3,12 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlx_sidecar.protocol import jsonrpc
 from mlx_sidecar.protocol.errors import InvalidParams
+from mlx_sidecar.protocol.framing import MAX_OUTBOUND_FRAME_BYTES
 from mlx_sidecar.protocol.messages import GenerateParams
 from mlx_sidecar.protocol.methods import PARAMS_DECODERS
 
@@ -113,3 +116,91 @@ def test_numbers_that_json_lacks_become_null() -> None:
 
 def test_success_without_a_value_still_has_a_result() -> None:
     assert json.loads(jsonrpc.encode_outcome(1, None)) == {"jsonrpc": "2.0", "id": 1, "result": None}
+
+
+def test_a_result_longer_than_a_frame_may_be_is_an_error_with_the_same_id() -> None:
+    room = MAX_OUTBOUND_FRAME_BYTES - len(jsonrpc.encode_outcome("x", ""))
+    assert len(jsonrpc.encode_outcome("x", "y" * room)) == MAX_OUTBOUND_FRAME_BYTES
+    refused = json.loads(jsonrpc.encode_outcome("x", "y" * (room + 1)))
+    assert (refused["id"], refused["error"]["data"]["kind"]) == ("x", "response_too_large")
+
+
+@pytest.mark.parametrize(
+    ("frame", "is_one"),
+    [(b"[]", True), (b" \t[", True), (b"{}", False), (b"", False), (b'"["', False), (b"]", False)],
+)
+def test_an_array_is_a_batch(frame: bytes, is_one: bool) -> None:
+    assert jsonrpc.is_batch(frame) is is_one
+
+
+def test_the_members_of_a_batch_are_decoded_or_refused_one_by_one() -> None:
+    ping = b'{"jsonrpc":"2.0","id":1,"method":"ping"}'
+    bad = [
+        b"1",
+        b"null",
+        b"[]",
+        b"{}",
+        b'{"jsonrpc":"2.0","id":7}',
+        b'{"jsonrpc":"2.0","id":null,"method":"x"}',
+    ]
+    first, *others, last = jsonrpc.decode_batch(b"[" + b" , ".join([ping, *bad, ping]) + b"]")
+    for request in (first, last):
+        assert isinstance(request, jsonrpc.Request)
+        assert request.id == 1
+    found: list[Any] = []
+    for other in others:
+        assert isinstance(other, jsonrpc.BadFrame)
+        found.append((other.error.code, other.request_id))
+    assert found == [(-32600, None)] * 4 + [(-32600, 7), (-32600, None)]
+
+
+def test_params_of_a_member_are_its_own() -> None:
+    (request,) = jsonrpc.decode_batch(b'[ {"jsonrpc":"2.0","method":"x","params": {"a": [1, 2]} } ]')
+    assert isinstance(request, jsonrpc.Request)
+    assert not request.is_call
+    assert bytes(request.params) == b'{"a": [1, 2]}'
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        (b"[]", -32600),
+        (b"[" + b",".join([b"1"] * (jsonrpc.MAX_BATCH_MEMBERS + 1)) + b"]", -32600),
+        (b"[1", -32700),
+        (b"[1,]", -32700),
+        (b"[1]]", -32700),
+        (b'["\xff"]', -32700),
+        (b"[" * 100_000, -32700),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_a_batch_that_is_none_is_refused_as_a_whole(frame: bytes, code: int) -> None:
+    with pytest.raises(jsonrpc.BadFrame) as caught:
+        jsonrpc.decode_batch(frame)
+    assert (caught.value.error.code, caught.value.request_id) == (code, None)
+
+
+def test_a_member_nested_too_deeply_breaks_the_batch() -> None:
+    frame = b'[{"jsonrpc":"2.0","id":1,"method":"ping"},' + b"[" * 100_000 + b"]" * 100_000 + b"]"
+    with pytest.raises(jsonrpc.BadFrame) as caught:
+        jsonrpc.decode_batch(frame)
+    assert caught.value.error.code == -32700
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {"jsonrpc": st.just("2.0"), "method": st.text(st.characters(codec="utf-8"), max_size=5)},
+            optional={
+                "id": st.integers(-(2**53 - 1), 2**53 - 1)
+                | st.text(st.characters(codec="utf-8"), max_size=5),
+                "params": st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=3), st.integers()),
+            },
+        ),
+        min_size=1,
+        max_size=jsonrpc.MAX_BATCH_MEMBERS,
+    )
+)
+def test_a_batch_means_what_its_members_mean_alone(members: list[dict[str, Any]]) -> None:
+    alone = [jsonrpc.decode_request(json.dumps(member).encode()) for member in members]
+    assert jsonrpc.decode_batch(json.dumps(members).encode()) == alone

@@ -8,6 +8,7 @@ import pytest
 from mlx_sidecar.native.blas import Blas
 from mlx_sidecar.runtime.engine.sequence import Emission, Sampling, Sequence
 from mlx_sidecar.runtime.engine.thread import InferenceThread
+from mlx_sidecar.runtime.telemetry.vitals import Vitals
 
 
 class ScriptedBatch:
@@ -55,8 +56,9 @@ class Bench:
 
     def __init__(self) -> None:
         self.delivered: queue.Queue[Emission] = queue.Queue()
-        self.deaths: queue.Queue[bool] = queue.Queue()
-        self.engine = InferenceThread(self._deliver, lambda: self.deaths.put(True), Blas())
+        self.deaths: queue.Queue[BaseException] = queue.Queue()
+        self.vitals = Vitals()
+        self.engine = InferenceThread(self._deliver, self.deaths.put, Blas(), self.vitals)
         self.engine.start()
         self.engine.started().result(60)
 
@@ -158,7 +160,7 @@ def test_a_thread_that_cannot_go_on_says_so_and_fails_every_sequence() -> None:
         if emission.finish is not None:
             ends[emission.sequence] = emission.finish
     assert ends == dict.fromkeys(sequences, "failed")
-    assert bench.deaths.get(timeout=10)
-    assert bench.engine.state == "failed"
+    assert str(bench.deaths.get(timeout=10)) == "reset"
+    assert bench.vitals.state == "failed"
     assert bench.engine.stop(10)
     assert bench.deaths.empty()
