@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
+from support.schema import Conversation
+
 COMMAND = str(Path(sys.executable).parent / "mlx-sidecar")
 PATIENCE_SECONDS = 60.0
 
@@ -26,9 +28,14 @@ class Talk:
     def __init__(self) -> None:
         self._aside: list[Json] = []
         self._last_id = 0
+        self._conversation = Conversation()
 
     def write(self, data: bytes) -> None:
         """Write raw bytes."""
+        self._conversation.said(data)
+        self._write(data)
+
+    def _write(self, data: bytes) -> None:
         raise NotImplementedError
 
     def line(self) -> bytes | None:
@@ -113,10 +120,9 @@ class Talk:
         return messages
 
     def _received(self, line: bytes) -> Any:
-        """Return what a line holds. Everything that a server says in any test passes here."""
+        """Return what a line holds. Everything that a server says in any test passes here, and is checked."""
         message: Any = json.loads(line)
-        members = cast(list[Json], message) if line.startswith(b"[") else [message]
-        assert all(member["jsonrpc"] == "2.0" for member in members)
+        self._conversation.heard(message)
         return message
 
     def _last_words(self) -> str:
@@ -175,8 +181,7 @@ class Wire(Sidecar, Talk):
         self.threads.append(threading.Thread(target=self._read_lines))
         self.threads[-1].start()
 
-    def write(self, data: bytes) -> None:
-        """Write raw bytes to the server's stdin."""
+    def _write(self, data: bytes) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(data)
         self.process.stdin.flush()
@@ -224,8 +229,7 @@ class Guest(Talk):
     ) -> None:
         self.close()
 
-    def write(self, data: bytes) -> None:
-        """Write raw bytes to the socket."""
+    def _write(self, data: bytes) -> None:
         self.socket.sendall(data)
 
     def line(self) -> bytes | None:
