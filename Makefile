@@ -84,6 +84,7 @@ $(DONE)/install: $(DONE)/venv pyproject.toml setup.py $(wildcard native/src/*.cp
 	@mkdir -p build/links/mlx_sidecar
 	@for part in runtime protocol config native; do ln -sfn "$(CURDIR)/$$part" build/links/mlx_sidecar/$$part; done
 	@ln -sfn "$(CURDIR)/clients/python" build/links/mlx_sidecar/client
+	@ln -sfn "$(CURDIR)/tests/conformance" build/links/mlx_sidecar/conformance
 	@touch $@
 
 $(DONE)/node_modules: $(TS)/package.json $(TS)/package-lock.json

@@ -122,6 +122,9 @@ def decode_request(frame: bytes) -> Request:
         raise _bad_frame(frame) from None
     if not isinstance(request.id, msgspec.UnsetType) and (problem := _id_problem(request.id)) is not None:
         raise BadFrame(InvalidRequest(problem), None)
+    if request.is_call and bytes(memoryview(request.params)[:1]) not in (b"{", b"[", b"n"):
+        problem = 'The member "params" must be an object.'
+        raise BadFrame(InvalidRequest(problem), cast(RequestId, request.id))
     return request
 
 

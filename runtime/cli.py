@@ -28,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", help="serve the process that started this one, or many"))
     _add_bringers(commands)
     _add_schema(commands.add_parser("schema", help="print the protocol, for programs or for people"))
+    _add_conformance(commands.add_parser("conformance", help="see whether a server keeps the protocol"))
     return parser
 
 
@@ -93,6 +94,13 @@ def _add_schema(schema: argparse.ArgumentParser) -> None:
     schema.set_defaults(run=_schema)
 
 
+def _add_conformance(conformance: argparse.ArgumentParser) -> None:
+    from mlx_sidecar.conformance.arguments import add_arguments
+
+    add_arguments(conformance)
+    conformance.set_defaults(run=_conformance)
+
+
 def _serve(arguments: argparse.Namespace) -> NoReturn:
     from .serve import Endpoint, serve
 
@@ -137,3 +145,9 @@ def _schema(arguments: argparse.Namespace) -> int:
 
         sys.stdout.write(reference.markdown(openrpc.document()))
     return 0
+
+
+def _conformance(arguments: argparse.Namespace) -> int:
+    from mlx_sidecar.conformance.command import run
+
+    return run(arguments)

@@ -17,13 +17,15 @@ ROOMS = {
     "native": "mlx_sidecar.native",
     "runtime": "mlx_sidecar.runtime",
     "clients/python": "mlx_sidecar.client",
+    "tests/conformance": "mlx_sidecar.conformance",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "protocol": set(),
     "config": set(),
     "native": set(),
-    "runtime": {"protocol", "config", "native"},
+    "runtime": {"protocol", "config", "native", "tests/conformance"},
     "clients/python": {"protocol"},
+    "tests/conformance": {"protocol"},
 }
 MAY_IMPORT_MLX = ("runtime/engine", "runtime/models", "runtime/cache")
 MODULES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
