@@ -74,6 +74,7 @@ class _Notification(msgspec.Struct, kw_only=True):
 class Reply(msgspec.Struct):
     """A frame as a client receives it: a response (`id`, `result` or `error`) or a notification."""
 
+    jsonrpc: Literal["2.0"]
     id: RequestId | None = None
     method: str | None = None
     params: msgspec.Raw = msgspec.Raw(b"null")

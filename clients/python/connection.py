@@ -1,116 +1,201 @@
-"""JSON-RPC over a pair of byte streams: requests out, responses and progress in."""
+"""JSON-RPC over one byte stream: requests out, responses and progress in. Knows nothing of processes."""
 
-from collections.abc import Callable
+import copy
+import logging
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import anyio
 import msgspec
-from anyio.abc import ByteReceiveStream, ByteSendStream
+from anyio.abc import ByteStream
 
 from mlx_sidecar.protocol import jsonrpc
+from mlx_sidecar.protocol.errors import InvalidRequest
 from mlx_sidecar.protocol.messages import GenerateProgress, ProgressParams
 from mlx_sidecar.protocol.ndjson import LineSplitter
 
-from .errors import SidecarRequestError
+from .errors import SidecarError, SidecarRequestError
 
-# Answers are bounded by what was asked for; this only bounds the damage of a peer that never ends a line.
-_MAX_FRAME_BYTES = 256 * 1024 * 1024
+ResultT = TypeVar("ResultT")
 
-OnProgress = Callable[[GenerateProgress], None]
+# Far above what the server sends; this only bounds the damage of a peer that never ends a line.
+_MAX_SENT_FRAME_BYTES = 256 * 1024 * 1024
+# What a stream may raise when the other side has gone; not every backend translates all of it.
+_GONE = (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError, OSError)
+
+_progress_decoder = msgspec.json.Decoder(ProgressParams)
+log: logging.Logger = logging.getLogger(__name__)
 
 
-class Pending:
-    """A request that was sent; `answered` is set when its response, or the end of everything, is there."""
+class Request:
+    """A request that was sent: the parts that have come for it, and how it ended.
 
-    def __init__(self, request_id: int) -> None:
+    Whoever is cancelled while waiting for it cancels it on the server.
+    """
+
+    def __init__(self, connection: "Connection", request_id: int, method: str) -> None:
         self.id = request_id
-        self.answered = anyio.Event()
-        self.reply: jsonrpc.Reply | Exception | None = None
+        self.parts: list[GenerateProgress] = []
+        self._connection = connection
+        self._method = method
+        self._reply: jsonrpc.Reply | SidecarError | None = None
+        self._news = anyio.Event()
+        self._cancelled = False
 
-    def settle(self, reply: jsonrpc.Reply | Exception) -> None:
-        """Record the response, or the reason that there will be none."""
-        self.reply = reply
-        self.answered.set()
+    @property
+    def ended(self) -> bool:
+        """Whether the response, or the end of everything, is there."""
+        return self._reply is not None
 
-    async def result(self) -> msgspec.Raw:
-        """Return the undecoded result.
+    def add(self, part: GenerateProgress) -> None:
+        """Take a part of the answer."""
+        self.parts.append(part)
+        self._tell()
+
+    def settle(self, reply: jsonrpc.Reply | SidecarError) -> None:
+        """Take the response, or the reason that there will be none."""
+        self._reply = reply
+        self._tell()
+
+    def cancel(self) -> None:
+        """Ask the server, once, to end the request; its response says how it ended."""
+        if not self.ended and not self._cancelled:
+            self._cancelled = True
+            self._connection.notify("$/cancelRequest", {"id": self.id})
+
+    async def end(self) -> None:
+        """Wait for the end, however it is."""
+        while not self.ended:
+            await self.news()
+
+    async def news(self) -> None:
+        """Wait for the next part, or for the end."""
+        try:
+            await self._news.wait()
+        except BaseException:
+            self.cancel()
+            raise
+
+    async def result(self, result: type[ResultT]) -> ResultT:
+        """Return the result as what it should be.
 
         Raises:
             SidecarRequestError: the server answered with an error.
-            SidecarExited: there is no server any more.
+            SidecarDisconnected: there is no server any more.
+            SidecarError: the answer is not of this protocol.
         """
-        await self.answered.wait()
-        if isinstance(self.reply, Exception):
-            raise self.reply
-        assert self.reply is not None
-        if self.reply.error is not None:
-            raise SidecarRequestError(self.reply.error)
-        return self.reply.result
+        await self.end()
+        assert self._reply is not None
+        if isinstance(self._reply, SidecarError):
+            # Several may raise it, each with a traceback of its own.
+            raise copy.copy(self._reply)
+        if self._reply.error is not None:
+            raise SidecarRequestError(self._reply.error)
+        try:
+            return msgspec.json.decode(self._reply.result, type=result)
+        except msgspec.DecodeError as error:
+            raise SidecarError(
+                f"The answer to {self._method!r} cannot be understood ({error}). "
+                "Install the same version of client and server."
+            ) from None
+
+    def _tell(self) -> None:
+        told, self._news = self._news, anyio.Event()
+        told.set()
 
 
 class Connection:
-    """Matches responses to requests and progress to listeners."""
+    """Matches responses and progress to requests. What it sends goes into a queue, so sending never waits.
 
-    def __init__(self, output: ByteSendStream) -> None:
-        self._output = output
-        self._sending = anyio.Lock()
-        self._pending: dict[jsonrpc.RequestId, Pending] = {}
-        self._listeners: dict[int | str, OnProgress] = {}
-        self._closed: Exception | None = None
+    A task that is cancelled while its message is being written could otherwise leave half a line on the wire.
+    """
+
+    def __init__(self) -> None:
+        self.max_frame_bytes: float = math.inf
+        self.closed: anyio.Event = anyio.Event()
+        self._queue, self._queued = anyio.create_memory_object_stream[bytes](math.inf)
+        self._requests: dict[jsonrpc.RequestId, Request] = {}
+        self._error: SidecarError | None = None
         self._last_id = 0
 
-    async def send(self, method: str, params: object) -> Pending:
-        """Send a request and return where its response will be."""
+    def send(self, method: str, params: Mapping[str, Any], *, streamed: bool = False) -> Request:
+        """Send a request; with `streamed` its answer comes in parts."""
         self._last_id += 1
-        pending = Pending(self._last_id)
-        if self._closed is not None:
-            pending.settle(self._closed)
-            return pending
-        self._pending[pending.id] = pending
-        await self._write(jsonrpc.encode_request(pending.id, method, params))
-        return pending
-
-    async def notify(self, method: str, params: object) -> None:
-        """Send a message that has no answer."""
-        if self._closed is None:
-            await self._write(jsonrpc.encode_notification(method, params))
-
-    def listen(self, token: int | str, listener: OnProgress | None) -> None:
-        """Call `listener` for progress with this token, until it is taken away with None."""
-        if listener is None:
-            self._listeners.pop(token, None)
+        request = Request(self, self._last_id, method)
+        token = {"partialResultToken": request.id} if streamed else {}
+        frame = jsonrpc.encode_request(request.id, method, {**params, **token})
+        if self._error is not None:
+            request.settle(self._error)
+        elif len(frame) > self.max_frame_bytes:
+            # The server would refuse it too, but without an id: it does not read what it will not take.
+            text = f"The request has {len(frame)} bytes; the server takes at most {self.max_frame_bytes}."
+            request.settle(SidecarRequestError(InvalidRequest(text).to_wire()))
         else:
-            self._listeners[token] = listener
+            self._requests[request.id] = request
+            self._post(frame)
+        return request
 
-    async def read(self, stream: ByteReceiveStream) -> None:
-        """Take what the server says until it says no more."""
-        splitter = LineSplitter(_MAX_FRAME_BYTES)
-        async for chunk in stream:
-            for frame in splitter.feed(chunk):
-                if isinstance(frame, bytes):
-                    self._take(frame)
+    def notify(self, method: str, params: object) -> None:
+        """Send a message that has no answer."""
+        self._post(jsonrpc.encode_notification(method, params))
 
-    def close(self, error: Exception) -> None:
-        """Fail everything in flight, and everything to come, with `error`."""
-        self._closed = error
-        for pending in self._pending.values():
-            pending.settle(error)
-        self._pending.clear()
+    def finish(self) -> None:
+        """Say nothing more: the stream's end follows what was sent."""
+        self._queue.close()
 
-    async def _write(self, frame: bytes) -> None:
-        try:
-            async with self._sending:
-                await self._output.send(frame + b"\n")
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
-            pass  # The process has just died; its end settles every request.
+    async def run(self, stream: ByteStream) -> None:
+        """Carry messages until the server says no more."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._write, stream)
+            await self._read(stream)
+            tasks.cancel_scope.cancel()
+
+    def close(self, error: SidecarError) -> None:
+        """Fail everything in flight, and everything to come, with `error`; the first one counts."""
+        if self._error is not None:
+            return
+        self._error = error
+        self._queue.close()
+        self._queued.close()
+        for request in self._requests.values():
+            request.settle(error)
+        self._requests.clear()
+        self.closed.set()
+
+    def _post(self, frame: bytes) -> None:
+        # Nobody may be there any more; the end of what the server says settles every request.
+        with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
+            self._queue.send_nowait(frame + b"\n")
+
+    async def _write(self, stream: ByteStream) -> None:
+        with self._queued, suppress(*_GONE):
+            async for frame in self._queued:
+                await stream.send(frame)
+            await stream.send_eof()
+
+    async def _read(self, stream: ByteStream) -> None:
+        splitter = LineSplitter(_MAX_SENT_FRAME_BYTES)
+        with suppress(*_GONE):
+            while True:
+                for frame in splitter.feed(await stream.receive()):
+                    if isinstance(frame, bytes):
+                        self._take(frame)
 
     def _take(self, frame: bytes) -> None:
-        try:
+        # One stray line costs itself only, whatever it looks like.
+        with suppress(msgspec.DecodeError, RecursionError, UnicodeDecodeError):
             reply = jsonrpc.decode_reply(frame)
-        except msgspec.DecodeError:
-            return  # One stray line costs itself only.
-        if reply.method == "$/progress":
-            progress = msgspec.json.decode(reply.params, type=ProgressParams)
-            if (listener := self._listeners.get(progress.token)) is not None:
-                listener(progress.value)
-        elif reply.id is not None and (pending := self._pending.pop(reply.id, None)) is not None:
-            pending.settle(reply)
+            if reply.method == "$/progress":
+                progress = _progress_decoder.decode(reply.params)
+                if (request := self._requests.get(progress.token)) is not None:
+                    request.add(progress.value)
+            elif reply.method is None:
+                self._answer(reply)
+
+    def _answer(self, reply: jsonrpc.Reply) -> None:
+        if reply.id is not None and (request := self._requests.pop(reply.id, None)) is not None:
+            request.settle(reply)
+        elif reply.id is None and reply.error is not None:
+            log.warning("the sidecar could not read a message: %s", reply.error.message)

@@ -1,94 +1,103 @@
 """An answer as it is generated."""
 
-from collections import deque
+from collections.abc import AsyncIterator, Iterator
 from types import TracebackType
 
-import anyio
-import msgspec
+from msgspec import UNSET
 
 from mlx_sidecar.protocol.messages import GenerateProgress, GenerateResult
 
-from .connection import Connection, Pending
+from .connection import Connection, Request
+from .errors import SidecarError
 
 
 class Generation:
-    """Iterate over its parts, once, or await `text()` or `result()`; the request is sent when you first do.
+    """An answer that is being generated: iterate over its parts, once, or await `text()`, or only `result()`.
 
-    Use it as `async with` to have it cancelled when the block is left early.
+    Leaving the loop early cancels the generation, and so does cancelling a task that waits for it; `async
+    with` says so in the code. A failure comes after the parts that came before it. Parts that nobody takes
+    are kept; while the answer grows the server holds back what is beyond the connection's window.
     """
 
-    def __init__(self, connection: Connection, token: str, params: dict[str, object]) -> None:
+    def __init__(self, connection: Connection, request: Request, window_bytes: int) -> None:
         self._connection = connection
-        self._token = token
-        self._params = params
-        self._pending: Pending | None = None
-        self._parts: deque[GenerateProgress] = deque()
-        self._news = anyio.Event()
+        self._request = request
+        self._window_bytes = window_bytes
+        self._unconfirmed_bytes = 0
+        self._parts_taken = 0
 
     async def __aenter__(self) -> "Generation":
-        await self._sent()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with anyio.CancelScope(shield=True):
-            await self.cancel()
+        self.cancel()
 
-    def __aiter__(self) -> "Generation":
-        return self
+    def __aiter__(self) -> AsyncIterator[GenerateProgress]:
+        return _Parts(self)
 
-    async def __anext__(self) -> GenerateProgress:
-        pending = await self._sent()
-        while not self._parts:
-            if pending.answered.is_set():
-                await self.result()
-                raise StopAsyncIteration
-            await self._something_new(pending)
-        return self._parts.popleft()
-
-    async def text(self) -> str:
-        """Return the whole text, once it is complete."""
-        return "".join([part.text async for part in self])
-
-    async def result(self) -> GenerateResult:
-        """Return how it ended: finish reason, usage, timings.
+    async def take(self) -> list[GenerateProgress]:
+        """Return the parts that are here, waiting for one if there is none; an empty list at the end.
 
         Raises:
             SidecarRequestError: the server refused or failed the request.
-            SidecarExited: the process ended under it.
+            SidecarDisconnected: the connection, or the process, ended under it.
+            SidecarError: a part was lost on the way.
         """
-        pending = await self._sent()
-        try:
-            return msgspec.json.decode(await pending.result(), type=GenerateResult)
-        finally:
-            self._connection.listen(self._token, None)
+        request = self._request
+        while not request.parts:
+            if request.ended:
+                self._check_all_came(await self.result())
+                return []
+            await request.news()
+        taken = list(request.parts)
+        request.parts.clear()
+        self._parts_taken += sum(part.merged for part in taken)
+        self._confirm(taken)
+        return taken
 
-    async def cancel(self) -> None:
+    async def text(self) -> str:
+        """Return the whole text, once it is complete. Raises what `take` does."""
+        return "".join([part.text async for part in self])
+
+    async def result(self) -> GenerateResult:
+        """Return how it ended: finish reason, usage, timings. Raises what `take` does."""
+        return await self._request.result(GenerateResult)
+
+    def cancel(self) -> None:
         """End the generation on the server; `result` then says "cancelled". Nothing if it has ended."""
-        pending = await self._sent()
-        if not pending.answered.is_set():
-            await self._connection.notify("$/cancelRequest", {"id": pending.id})
+        self._request.cancel()
 
-    async def _sent(self) -> Pending:
-        if self._pending is None:
-            self._connection.listen(self._token, self._on_progress)
-            params = self._params | {"partialResultToken": self._token}
-            self._pending = await self._connection.send("generate", params)
-        return self._pending
+    def _confirm(self, parts: list[GenerateProgress]) -> None:
+        self._unconfirmed_bytes += sum(len(part.text.encode()) for part in parts)
+        if self._unconfirmed_bytes * 2 >= self._window_bytes and not self._request.ended:
+            self._unconfirmed_bytes = 0
+            self._connection.notify("$/streamAck", {"token": self._request.id, "seq": parts[-1].seq})
 
-    def _on_progress(self, part: GenerateProgress) -> None:
-        self._parts.append(part)
-        self._news.set()
+    def _check_all_came(self, result: GenerateResult) -> None:
+        if result.last_seq not in (UNSET, self._parts_taken):
+            raise SidecarError(
+                f"Of the answer's {result.last_seq} parts {self._parts_taken} came: something else wrote "
+                'into the connection. For a `command` that prints there is `transport="pipe"`.'
+            )
 
-    async def _something_new(self, pending: Pending) -> None:
-        self._news = anyio.Event()
-        async with anyio.create_task_group() as race:
 
-            async def wait_for_end() -> None:
-                await pending.answered.wait()
-                self._news.set()
+class _Parts(AsyncIterator[GenerateProgress]):
+    """One pass over the parts."""
 
-            race.start_soon(wait_for_end)
-            await self._news.wait()
-            race.cancel_scope.cancel()
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+        self._taken: Iterator[GenerateProgress] = iter(())
+
+    async def __anext__(self) -> GenerateProgress:
+        while True:
+            for part in self._taken:
+                return part
+            if not (taken := await self._generation.take()):
+                raise StopAsyncIteration
+            self._taken = iter(taken)
+
+    def __del__(self) -> None:
+        # A loop that is left early says so to nobody; all it does is to drop its iterator.
+        self._generation.cancel()

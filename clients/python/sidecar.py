@@ -1,166 +1,217 @@
-"""The sidecar as an object: a process, and a method for every request."""
+"""The sidecar as an object: a connection to it, and a method for every request."""
 
 import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 import anyio
-import msgspec
-from anyio.abc import Process
+from anyio.abc import ByteStream
 
 from mlx_sidecar.protocol import messages as m
+from mlx_sidecar.protocol.version import VERSION
 
-from .connection import Connection
-from .errors import SidecarExited, SidecarNotStarted
+from .errors import SidecarDisconnected, SidecarNotStarted, last_words
 from .generation import Generation
+from .peers import PATIENCE_SECONDS, Peer, Remote, start_on_pipe, start_on_stdio
 
-ResultT = TypeVar("ResultT")
-
-_STDERR_TAIL_BYTES = 8 * 1024
-_PATIENCE_SECONDS = 2.0
+Transport = Literal["stdio", "pipe"]
 DEFAULT_COMMAND = ("mlx-sidecar", "serve")
+START_TIMEOUT_SECONDS = 30.0
+WINDOW_BYTES = 256 * 1024
 
 
 class Sidecar:
-    """A running sidecar. Make one with `async with Sidecar.spawn() as sidecar`.
+    """A running sidecar. Make one with `async with Sidecar.spawn() as sidecar`, or `Sidecar.connect(path)`.
 
-    Parameters of requests are those of the protocol, in its camelCase; results are its structs.
+    Parameters of requests are those of the protocol, in its camelCase; results are its structs. Every request
+    raises SidecarRequestError if the server refuses it, and SidecarDisconnected (SidecarExited, if the
+    process was ours) if there is no server any more. A task that is cancelled while it waits, by
+    `anyio.fail_after` for instance, cancels its request on the server.
     """
 
-    def __init__(self, connection: Connection, process: Process, info: m.InitializeResult) -> None:
-        self._connection = connection
-        self._process = process
-        self._generations = 0
+    def __init__(self, peer: Peer, info: m.InitializeResult, window_bytes: int) -> None:
+        self._peer = peer
+        self._connection = peer.connection
+        self._window_bytes = window_bytes
         self.info = info
 
     @classmethod
     @asynccontextmanager
     async def spawn(
-        cls, command: Sequence[str] = DEFAULT_COMMAND, env: Mapping[str, str] | None = None
+        cls,
+        command: Sequence[str] = DEFAULT_COMMAND,
+        *,
+        env: Mapping[str, str] | None = None,
+        transport: Transport = "stdio",
+        start_timeout: float = START_TIMEOUT_SECONDS,
+        window_bytes: int = WINDOW_BYTES,
     ) -> AsyncGenerator["Sidecar"]:
         """Start a sidecar, wait until it answers, and end it when the block is left.
 
+        `transport` "pipe" talks over a private Unix socket instead of stdin and stdout, for a `command` that
+        prints things of its own. Text of a stream beyond `window_bytes` that nobody has taken stays with the
+        server.
+
         Raises:
-            SidecarNotStarted: the program is missing.
+            SidecarNotStarted: the program is missing, or did not answer within `start_timeout` seconds.
             SidecarExited: it ended instead of answering.
         """
+        start = start_on_stdio if transport == "stdio" else start_on_pipe
+        async with cls._with(await start(command, env), start_timeout, window_bytes) as sidecar:
+            yield sidecar
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        start_timeout: float = START_TIMEOUT_SECONDS,
+        window_bytes: int = WINDOW_BYTES,
+    ) -> AsyncGenerator["Sidecar"]:
+        """Connect to a `mlx-sidecar serve --listen PATH`, and hang up when the block is left.
+
+        Raises:
+            SidecarNotStarted: nobody serves `path`, or nobody answered within `start_timeout` seconds.
+            SidecarDisconnected: the server hung up instead of answering.
+        """
         try:
-            process = await anyio.open_process(list(command), env=env)
+            stream = await anyio.connect_unix(path)
         except OSError as error:
             raise SidecarNotStarted(
-                f"{command[0]} could not be started ({error.strerror}). Install it, or pass `command`."
+                f"Nobody serves {os.fspath(path)} ({error.strerror}). Run `mlx-sidecar serve --listen` there."
             ) from error
-        assert process.stdin is not None
-        connection = Connection(process.stdin)
-        # Raised outside the task group, which would wrap it in an ExceptionGroup that nobody expects.
-        failure: Exception | None = None
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_read, connection, process)
-            try:
-                yield cls(connection, process, await _initialize(connection))
-            except Exception as error:
-                failure = error
-            finally:
-                await _end(connection, process)
-        if failure is not None:
-            raise failure
+        async with cls.over(stream, start_timeout=start_timeout, window_bytes=window_bytes) as sidecar:
+            yield sidecar
+
+    @classmethod
+    @asynccontextmanager
+    async def over(
+        cls,
+        stream: ByteStream,
+        *,
+        start_timeout: float = START_TIMEOUT_SECONDS,
+        window_bytes: int = WINDOW_BYTES,
+    ) -> AsyncGenerator["Sidecar"]:
+        """Talk over a stream that leads to a sidecar, and close it when the block is left.
+
+        Raises:
+            SidecarNotStarted: nobody answered within `start_timeout` seconds.
+            SidecarDisconnected: the stream ended instead.
+        """
+        async with cls._with(Remote(stream), start_timeout, window_bytes) as sidecar:
+            yield sidecar
 
     @property
-    def process_id(self) -> int:
-        """The id of the sidecar's process."""
-        return self._process.pid
+    def process_id(self) -> int | None:
+        """The id of the sidecar's process, if it is ours."""
+        return self._peer.process_id
 
     async def load(self, model: str, **params: Any) -> m.LoadResult:
         """Load a model; it is evaluated and warm when this returns."""
-        return await self._request("load", {"model": model, **params}, m.LoadResult)
+        return await self._connection.send("load", {"model": model, **params}).result(m.LoadResult)
 
     async def unload(self, model: str, *, force: bool = False) -> m.UnloadResult:
         """Unload a model after its requests have ended; `force` ends them."""
-        return await self._request("unload", {"model": model, "force": force}, m.UnloadResult)
+        params = {"model": model, "force": force}
+        return await self._connection.send("unload", params).result(m.UnloadResult)
 
     async def models(self) -> list[m.ModelInfo]:
         """Return the models in memory."""
-        return (await self._request("models", {}, m.ModelsResult)).models
+        return (await self._connection.send("models", {}).result(m.ModelsResult)).models
 
     def generate(self, model: str, **params: Any) -> Generation:
-        """Return an answer to be iterated over as it grows."""
-        self._generations += 1
-        return Generation(self._connection, f"generate-{self._generations}", {"model": model, **params})
+        """Start generating at once and return the answer, to be iterated over as it grows."""
+        request = self._connection.send("generate", {"model": model, **params}, streamed=True)
+        return Generation(self._connection, request, self._window_bytes)
 
     async def tokenize(self, model: str, **params: Any) -> list[int]:
         """Return the ids of `text` or `messages`."""
-        return (await self._request("tokenize", {"model": model, **params}, m.TokenizeResult)).tokens
+        sent = self._connection.send("tokenize", {"model": model, **params})
+        return (await sent.result(m.TokenizeResult)).tokens
 
-    async def detokenize(self, model: str, tokens: list[int], **params: Any) -> str:
+    async def detokenize(self, model: str, tokens: Sequence[int], **params: Any) -> str:
         """Return the text of ids."""
-        params |= {"model": model, "tokens": tokens}
-        return (await self._request("detokenize", params, m.DetokenizeResult)).text
+        sent = self._connection.send("detokenize", {"model": model, "tokens": tokens, **params})
+        return (await sent.result(m.DetokenizeResult)).text
 
     async def stats(self) -> m.StatsResult:
         """Return what the sidecar is doing and holding."""
-        return await self._request("stats", {}, m.StatsResult)
+        return await self._connection.send("stats", {}).result(m.StatsResult)
 
     async def ping(self) -> m.PingResult:
         """Return at once, whatever the model is doing."""
-        return await self._request("ping", {}, m.PingResult)
+        return await self._connection.send("ping", {}).result(m.PingResult)
 
-    async def close(self) -> int:
-        """End the process in order and return its exit code."""
-        await _end(self._connection, self._process)
-        assert self._process.returncode is not None
-        return self._process.returncode
+    async def server_info(self) -> m.ServerInfoResult:
+        """Return what `info` says, and the process behind it."""
+        return await self._connection.send("server/info", {}).result(m.ServerInfoResult)
 
-    async def _request(self, method: str, params: dict[str, Any], result: type[ResultT]) -> ResultT:
-        pending = await self._connection.send(method, params)
+    async def close(self) -> int | None:
+        """End the connection in order, and the process if it is ours; return its exit code then.
+
+        Requests in flight are cancelled. Leaving the block does the same.
+        """
+        with anyio.CancelScope(shield=True):
+            with anyio.move_on_after(PATIENCE_SECONDS):
+                await self._connection.send("shutdown", {}).end()
+                self._connection.notify("exit", {})
+            self._connection.finish()
+            await self._peer.end(PATIENCE_SECONDS)
+            await self._connection.closed.wait()
+        return self._peer.exit_code
+
+    @classmethod
+    @asynccontextmanager
+    async def _with(cls, peer: Peer, start_timeout: float, window_bytes: int) -> AsyncGenerator["Sidecar"]:
+        # Raised outside the task group, which would wrap it in an ExceptionGroup that nobody expects.
+        failure: BaseException | None = None
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_talk, peer)
+            try:
+                sidecar = cls(peer, await _initialize(peer, start_timeout, window_bytes), window_bytes)
+                try:
+                    yield sidecar
+                finally:
+                    await sidecar.close()
+            except anyio.get_cancelled_exc_class():
+                raise
+            except BaseException as error:
+                failure = error
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await peer.end(0)
+        if failure is not None:
+            raise failure
+
+
+async def _talk(peer: Peer) -> None:
+    # Whatever happens around it: the ending needs a connection that works.
+    with anyio.CancelScope(shield=True):
         try:
-            return msgspec.json.decode(await pending.result(), type=result)
-        except anyio.get_cancelled_exc_class():
-            with anyio.CancelScope(shield=True):
-                await self._connection.notify("$/cancelRequest", {"id": pending.id})
-            raise
+            await peer.talk()
+        finally:
+            peer.connection.close(SidecarDisconnected("The connection to the sidecar has ended."))
 
 
-async def _initialize(connection: Connection) -> m.InitializeResult:
+async def _initialize(peer: Peer, start_timeout: float, window_bytes: int) -> m.InitializeResult:
     params = {
         "protocolVersion": m.PROTOCOL_VERSION,
-        "clientInfo": {"name": "mlx-sidecar-python"},
+        "clientInfo": {"name": "mlx-sidecar-python", "version": VERSION},
         "processId": os.getpid(),
+        "flowControl": {"windowBytes": window_bytes},
     }
-    pending = await connection.send("initialize", params)
-    return msgspec.json.decode(await pending.result(), type=m.InitializeResult)
-
-
-async def _read(connection: Connection, process: Process) -> None:
-    assert process.stdout is not None
-    assert process.stderr is not None
-    tail = bytearray()
-
-    async def keep_log() -> None:
-        assert process.stderr is not None
-        async for chunk in process.stderr:
-            tail.extend(chunk)
-            del tail[:-_STDERR_TAIL_BYTES]
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(keep_log)
-        await connection.read(process.stdout)
-    exit_code = await process.wait()
-    connection.close(SidecarExited(exit_code, tail.decode(errors="replace").strip()))
-
-
-async def _end(connection: Connection, process: Process) -> None:
-    """Ask by `shutdown` and `exit`, by closing stdin, by SIGTERM, by SIGKILL; return when it has ended."""
-    with anyio.CancelScope(shield=True):
-        with anyio.move_on_after(_PATIENCE_SECONDS):
-            pending = await connection.send("shutdown", {})
-            await pending.answered.wait()
-            await connection.notify("exit", {})
-        assert process.stdin is not None
-        await process.stdin.aclose()
-        for hurry in (process.terminate, process.kill):
-            with anyio.move_on_after(_PATIENCE_SECONDS):
-                await process.wait()
-            if process.returncode is None:
-                hurry()
-        await process.wait()
+    info: m.InitializeResult | None = None
+    with anyio.move_on_after(start_timeout):
+        info = await peer.connection.send("initialize", params).result(m.InitializeResult)
+    if info is None:
+        said = last_words(peer.log_tail)
+        raise SidecarNotStarted(f"The sidecar did not answer within {start_timeout} seconds.{said}")
+    if info.protocol_version != m.PROTOCOL_VERSION:
+        raise SidecarNotStarted(
+            f"The sidecar speaks version {info.protocol_version} of the protocol, this client version "
+            f"{m.PROTOCOL_VERSION}. Install the same version of both."
+        )
+    peer.connection.max_frame_bytes = info.limits.max_frame_bytes
+    return info

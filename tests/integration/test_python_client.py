@@ -1,67 +1,238 @@
-"""The Python client against the real process."""
+"""The Python client against the real server: over a socket with others, and with a process of its own."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
-from support.tiny_model import make_tokenizer
-from support.wire import COMMAND
+from support.tiny_model import END, make_tokenizer
+from support.wire import COMMAND, PATIENCE_SECONDS, Listening
 
-from mlx_sidecar.client import Sidecar, SidecarExited, SidecarNotStarted, SidecarRequestError
+from mlx_sidecar.client import (
+    Sidecar,
+    SidecarDisconnected,
+    SidecarExited,
+    SidecarNotStarted,
+    SidecarRequestError,
+    SyncSidecar,
+    Transport,
+)
 
 pytestmark = pytest.mark.anyio
 
-
-@pytest.fixture(params=["asyncio", "trio"])
-def anyio_backend(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 SERVE = [COMMAND, "serve"]
-END = make_tokenizer().token_to_id("<|end|>")
-LONG = {"tokens": [1], "maxTokens": 250, "logitBias": {"3": 1000}}
-SHORT = {"prompt": "hello world", "maxTokens": 8, "logitBias": {str(END): -1000}}
+NO_END = {str(make_tokenizer().token_to_id(END)): -1000}
+SHORT: dict[str, Any] = {"prompt": "hello world", "maxTokens": 8, "logitBias": NO_END}
+ENDLESS: dict[str, Any] = {"tokens": [1], "maxTokens": 2**19, "logitBias": NO_END}
 
 
-async def test_an_answer_is_streamed_and_its_result_known(tiny_model: Path) -> None:
-    async with Sidecar.spawn(SERVE) as sidecar:
-        loaded = await sidecar.load(str(tiny_model))
-        generation = sidecar.generate(loaded.model, **SHORT)
+@pytest.fixture(params=["asyncio", "uvloop", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str | tuple[str, dict[str, bool]]:
+    return ("asyncio", {"use_uvloop": True}) if request.param == "uvloop" else request.param
+
+
+@pytest.fixture
+def path(listening_server: Listening) -> Path:
+    """The socket of a server that has both models loaded."""
+    return listening_server.path
+
+
+# -- over a socket --
+
+
+async def test_an_answer_is_streamed_and_its_result_known(path: Path, tiny_model: Path) -> None:
+    async with Sidecar.connect(path) as sidecar:
+        generation = sidecar.generate(str(tiny_model), **SHORT)
         parts = [part async for part in generation]
         result = await generation.result()
-        assert [part.seq for part in parts] == list(range(1, len(parts) + 1))
-        assert result.finish_reason == "length"
+        assert (result.finish_reason, result.last_seq) == ("length", parts[-1].seq)
         assert result.usage.completion_tokens == sum(len(part.tokens) for part in parts) == 8
-        assert await sidecar.generate(loaded.model, **SHORT).text() == "".join(part.text for part in parts)
-        assert await sidecar.close() == 0
+        again = sidecar.generate(str(tiny_model), **SHORT)
+        assert await again.text() == "".join(part.text for part in parts)
 
 
-async def test_every_method_has_its_result(tiny_model: Path) -> None:
-    async with Sidecar.spawn(SERVE) as sidecar:
+async def test_errors_are_typed_and_the_next_request_works(path: Path) -> None:
+    async with Sidecar.connect(path) as sidecar:
+        with pytest.raises(SidecarRequestError) as caught:
+            await sidecar.generate("nothing", prompt="x").text()
+        assert caught.value.kind == "model_not_loaded"
+        with pytest.raises(SidecarRequestError) as caught:
+            await sidecar.load("nothing", nonsense=1)
+        assert (caught.value.kind, caught.value.data["path"]) == ("invalid_params", "nonsense")
+        assert (await sidecar.ping()).state == "ready"
+
+
+async def test_a_loop_that_is_left_early_cancels_on_the_server(path: Path, roomy_model: Path) -> None:
+    async with Sidecar.connect(path) as sidecar:
+        cancelled_before = (await sidecar.stats()).requests.cancelled
+        generation = sidecar.generate(str(roomy_model), **ENDLESS)
+        async for _ in generation:
+            break
+        assert (await generation.result()).finish_reason == "cancelled"
+        assert (await sidecar.stats()).requests.cancelled == cancelled_before + 1
+
+
+async def test_an_answer_that_takes_too_long_is_cancelled_on_the_server(
+    path: Path, roomy_model: Path
+) -> None:
+    async with Sidecar.connect(path) as sidecar:
+        generation = sidecar.generate(str(roomy_model), **ENDLESS)
+        with pytest.raises(TimeoutError), anyio.fail_after(0.05):
+            await generation.text()
+        assert (await generation.result()).finish_reason == "cancelled"
+
+
+async def test_several_answers_at_once_are_kept_apart(path: Path, tiny_model: Path) -> None:
+    async with Sidecar.connect(path) as sidecar:
+
+        def ask(prompt: str) -> Any:
+            return sidecar.generate(str(tiny_model), **SHORT | {"prompt": prompt})
+
+        prompts = ["he" * n for n in range(1, 6)]
+        alone = [await ask(prompt).text() for prompt in prompts]
+        together = [ask(prompt) for prompt in prompts]
+        assert [await generation.text() for generation in together] == alone
+
+
+@pytest.mark.parametrize("window_bytes", [1, 20, 10_000])
+async def test_the_same_text_comes_through_any_window(
+    path: Path, tiny_model: Path, window_bytes: int
+) -> None:
+    async with Sidecar.connect(path, window_bytes=window_bytes) as sidecar:
+        params = SHORT | {"maxTokens": 40}
+        generation = sidecar.generate(str(tiny_model), **params)
+        text = await generation.text()
+        assert len(text.encode()) == (await generation.result()).text_bytes
+        unread = sidecar.generate(str(tiny_model), **params)
+        assert (await unread.result()).finish_reason == "length"
+        assert await unread.text() == text
+
+
+async def test_what_nobody_takes_stays_with_the_server(path: Path, roomy_model: Path) -> None:
+    async with Sidecar.connect(path, window_bytes=10) as sidecar:
+        steps_before = (await sidecar.stats()).engine.steps
+        generation = sidecar.generate(str(roomy_model), **ENDLESS)
+        with anyio.fail_after(PATIENCE_SECONDS):
+            while (await sidecar.stats()).engine.steps < steps_before + 60:
+                pass
+        generation.cancel()
+        assert (await generation.result()).usage.completion_tokens > 30
+        # Ten of a byte each, and the rest in one.
+        assert len(await generation.take()) <= 11
+
+
+async def test_a_client_that_leaves_ends_its_own_requests_only(path: Path, roomy_model: Path) -> None:
+    async with Sidecar.connect(path) as stays:
+        kept = stays.generate(str(roomy_model), **ENDLESS)
+        await kept.take()
+        async with Sidecar.connect(path) as leaves:
+            left = leaves.generate(str(roomy_model), **ENDLESS)
+            assert await leaves.close() is None
+            assert (await left.result()).finish_reason == "cancelled"
+            with pytest.raises(SidecarDisconnected):
+                await leaves.ping()
+        assert (await stays.stats()).engine.sequences == 1
+        kept.cancel()
+
+
+async def test_a_server_that_is_killed_disconnects_its_clients(socket_path: Path, tiny_model: Path) -> None:
+    with Listening(socket_path) as server:
+        async with Sidecar.connect(socket_path) as sidecar:
+            model = (await sidecar.load(str(tiny_model))).model
+            generation = sidecar.generate(model, **SHORT | {"maxTokens": 250})
+            await generation.take()
+            server.process.kill()
+            with pytest.raises(SidecarDisconnected):
+                await generation.text()
+            with pytest.raises(SidecarDisconnected):
+                await sidecar.ping()
+
+
+async def test_a_socket_that_nobody_serves_says_what_to_do(socket_path: Path) -> None:
+    with pytest.raises(SidecarNotStarted, match="Run `mlx-sidecar serve --listen` there"):
+        async with Sidecar.connect(socket_path):
+            pass
+
+
+def test_the_client_that_waits_does_the_same(path: Path, tiny_model: Path, roomy_model: Path) -> None:
+    with SyncSidecar.connect(path) as sidecar:
+        generation = sidecar.generate(str(tiny_model), timeout=PATIENCE_SECONDS, **SHORT)
+        parts = list(generation)
+        assert sum(len(part.tokens) for part in parts) == generation.result().usage.completion_tokens == 8
+        cancelled_before = sidecar.stats().requests.cancelled
+        generation = sidecar.generate(str(roomy_model), **ENDLESS)
+        for _ in generation:
+            break
+        assert generation.result().finish_reason == "cancelled"
+        with pytest.raises(TimeoutError):
+            sidecar.generate(str(roomy_model), timeout=0.05, **ENDLESS).text()
+        while sidecar.stats(timeout=PATIENCE_SECONDS).engine.sequences:
+            pass
+        assert sidecar.stats().requests.cancelled == cancelled_before + 2
+        assert sidecar.process_id is None
+        assert sidecar.close() is None
+
+
+# -- with a process of its own --
+
+
+@pytest.mark.parametrize("transport", ["stdio", "pipe"])
+async def test_every_method_has_its_result(tiny_model: Path, transport: Transport) -> None:
+    async with Sidecar.spawn(SERVE, transport=transport) as sidecar:
+        assert (await sidecar.server_info()).process_id == sidecar.process_id
         model = (await sidecar.load(str(tiny_model), dtype="float32")).model
         tokens = await sidecar.tokenize(model, text="hello world")
         assert await sidecar.detokenize(model, tokens) == "hello world"
         assert [entry.model for entry in await sidecar.models()] == [model]
         assert (await sidecar.stats()).engine.state == "ready"
         assert (await sidecar.ping()).in_flight == 0
+        assert (await sidecar.generate(model, **SHORT).result()).finish_reason == "length"
         assert (await sidecar.unload(model)).state == "unloaded"
+        assert await sidecar.close() == 0
 
 
-async def test_errors_are_typed_and_the_next_request_works(tiny_model: Path) -> None:
-    async with Sidecar.spawn(SERVE) as sidecar:
-        with pytest.raises(SidecarRequestError) as caught:
-            await sidecar.generate("nothing", prompt="x").text()
-        assert caught.value.kind == "model_not_loaded"
-        with pytest.raises(SidecarRequestError) as caught:
-            await sidecar.load(str(tiny_model), nonsense=1)
-        assert (caught.value.kind, caught.value.data["path"]) == ("invalid_params", "nonsense")
-        await sidecar.load(str(tiny_model))
+def test_every_method_of_the_client_that_waits_has_its_result(tiny_model: Path) -> None:
+    with SyncSidecar.spawn(SERVE) as sidecar:
+        assert sidecar.server_info().process_id == sidecar.process_id
+        model = sidecar.load(str(tiny_model), dtype="float32", timeout=PATIENCE_SECONDS).model
+        assert sidecar.detokenize(model, sidecar.tokenize(model, text="hello world")) == "hello world"
+        assert [entry.model for entry in sidecar.models()] == [model]
+        assert sidecar.ping().in_flight == 0
+        assert sidecar.unload(model).state == "unloaded"
+        assert sidecar.close() == 0
+
+
+@pytest.mark.parametrize("transport", ["stdio", "pipe"])
+async def test_a_process_that_is_killed_fails_what_is_in_flight_with_its_last_words(
+    roomy_model: Path, transport: Transport
+) -> None:
+    async with Sidecar.spawn(SERVE, transport=transport) as sidecar:
+        model = (await sidecar.load(str(roomy_model))).model
+        generation = sidecar.generate(model, **ENDLESS)
+        await generation.take()
+        assert sidecar.process_id is not None
+        os.kill(sidecar.process_id, 9)
+        with pytest.raises(SidecarExited) as caught:
+            await generation.text()
+        assert (caught.value.exit_code, caught.value.signal) == (-9, "SIGKILL")
+        assert "MLX" in caught.value.stderr_tail
+        with pytest.raises(SidecarExited):
+            await sidecar.ping()
+
+
+async def test_a_private_socket_is_gone_once_the_sidecar_has_connected(
+    socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(socket_path.parent))
+    async with Sidecar.spawn(SERVE, transport="pipe"):
+        assert list(socket_path.parent.iterdir()) == []
 
 
 async def test_an_error_in_the_block_comes_out_as_itself_and_the_process_ends() -> None:
-    process_ids: list[int] = []
+    process_ids: list[int | None] = []
 
     async def fail() -> None:
         async with Sidecar.spawn(SERVE) as sidecar:
@@ -70,58 +241,28 @@ async def test_an_error_in_the_block_comes_out_as_itself_and_the_process_ends() 
 
     with pytest.raises(ZeroDivisionError):
         await fail()
+    (process_id,) = process_ids
+    assert process_id is not None
     with pytest.raises(ProcessLookupError):
-        os.kill(process_ids[0], 0)
+        os.kill(process_id, 0)
 
 
-async def test_cancelling_the_waiting_task_cancels_the_request(tiny_model: Path) -> None:
-    async with Sidecar.spawn(SERVE) as sidecar:
-        model = (await sidecar.load(str(tiny_model))).model
-        async with sidecar.generate(model, **LONG) as generation:
-            await anext(generation)
-        assert (await generation.result()).finish_reason == "cancelled"
-        assert (await sidecar.stats()).engine.sequences == 0
-
-
-async def test_several_answers_at_once_are_kept_apart(tiny_model: Path) -> None:
-    async with Sidecar.spawn(SERVE) as sidecar:
-        model = (await sidecar.load(str(tiny_model))).model
-        prompts = ["he" * n for n in range(1, 6)]
-        alone = [await sidecar.generate(model, **SHORT | {"prompt": prompt}).text() for prompt in prompts]
-        together: dict[str, str] = {}
-
-        async def ask(prompt: str) -> None:
-            together[prompt] = await sidecar.generate(model, **SHORT | {"prompt": prompt}).text()
-
-        async with anyio.create_task_group() as tasks:
-            for prompt in prompts:
-                tasks.start_soon(ask, prompt)
-        assert [together[prompt] for prompt in prompts] == alone
-
-
-async def test_a_process_that_is_killed_fails_what_is_in_flight_with_its_last_words(tiny_model: Path) -> None:
-    async with Sidecar.spawn(SERVE) as sidecar:
-        model = (await sidecar.load(str(tiny_model))).model
-        generation = sidecar.generate(model, **LONG)
-        await anext(generation)
-        os.kill(sidecar.process_id, 9)
-        with pytest.raises(SidecarExited) as caught:
-            await generation.text()
-        assert caught.value.exit_code == -9
-        assert "MLX" in caught.value.stderr_tail
-        with pytest.raises(SidecarExited):
-            await sidecar.ping()
-
-
-async def test_a_missing_program_says_what_to_do() -> None:
-    with pytest.raises(SidecarNotStarted, match="Install it, or pass `command`"):
-        async with Sidecar.spawn(["/no/such/program"]):
-            pass
-
-
-async def test_a_program_that_ends_at_once_is_told_with_its_stderr() -> None:
-    script = "import sys; print('cannot go on', file=sys.stderr); sys.exit(3)"
-    with pytest.raises(SidecarExited, match="cannot go on") as caught:
-        async with Sidecar.spawn([sys.executable, "-c", script]):
-            pass
-    assert caught.value.exit_code == 3
+@pytest.mark.parametrize("transport", ["stdio", "pipe"])
+def test_no_sidecar_outlives_a_host_that_is_killed(tmp_path: Path, transport: str) -> None:
+    fifo = tmp_path / "held-by-the-sidecar"
+    os.mkfifo(fifo)
+    command = ["sh", "-c", f'exec 9>{fifo}; exec {COMMAND} serve "$@"', "sh"]
+    script = (
+        "import time\n"
+        "from mlx_sidecar.client import SyncSidecar\n"
+        f"with SyncSidecar.spawn({command!r}, transport={transport!r}) as sidecar:\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(1000)\n"
+    )
+    started = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    with started as host, fifo.open("rb") as held:
+        assert host.stdout is not None
+        assert host.stdout.readline() == b"ready\n"
+        host.kill()
+        # Ends when nobody has it open any more.
+        assert held.read() == b""

@@ -25,8 +25,9 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def test_the_python_example_prints_an_answer() -> None:
-    assert "Paris" in run(sys.executable, "-c", example("python", "Sidecar.spawn"))
+@pytest.mark.parametrize("containing", ["async with Sidecar.spawn", "with SyncSidecar.spawn"])
+def test_the_python_examples_print_an_answer(containing: str) -> None:
+    assert "Paris" in run(sys.executable, "-c", example("python", containing))
 
 
 def test_the_typescript_example_prints_an_answer() -> None:
