@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from msgspec import UNSET, Raw, UnsetType
 
-from mlx_sidecar.protocol import errors, jsonrpc
+from mlx_sidecar.protocol import errors, jsonrpc, requests
 from mlx_sidecar.protocol import messages as m
 from mlx_sidecar.protocol.framing import Frame, FrameReader
 from mlx_sidecar.protocol.headers import FramingLost
@@ -84,34 +84,34 @@ class Intake:
         elif isinstance(frame, FramingLost):
             self.lost = True
             self._refuse(None, errors.InvalidRequest(f"{frame.problem} The connection cannot go on."))
-        elif jsonrpc.is_batch(frame):
+        elif requests.is_batch(frame):
             self._take_batch(frame)
         else:
             self._take_single(frame)
 
     def _take_single(self, frame: bytes) -> None:
         try:
-            request = jsonrpc.decode_request(frame)
-        except jsonrpc.BadFrame as bad:
+            request = requests.decode_request(frame)
+        except requests.BadFrame as bad:
             self._refuse(bad.request_id, bad.error)
         else:
             self._dispatch(request, None)
 
     def _take_batch(self, frame: bytes) -> None:
         try:
-            members = jsonrpc.decode_batch(frame)
-        except jsonrpc.BadFrame as bad:
+            members = requests.decode_batch(frame)
+        except requests.BadFrame as bad:
             self._refuse(None, bad.error)
             return
-        expected = sum(isinstance(member, jsonrpc.BadFrame) or member.is_call for member in members)
+        expected = sum(isinstance(member, requests.BadFrame) or member.is_call for member in members)
         batch = BatchReply(expected, self._outbox.send)
         for member in members:
-            if isinstance(member, jsonrpc.BadFrame):
+            if isinstance(member, requests.BadFrame):
                 self._answer(batch, member.request_id, member.error)
             else:
                 self._dispatch(member, batch)
 
-    def _dispatch(self, request: jsonrpc.Request, batch: BatchReply | None) -> None:
+    def _dispatch(self, request: requests.Request, batch: BatchReply | None) -> None:
         if isinstance(request.id, UnsetType):
             self._notified(request.method, request.params)
             return
@@ -130,8 +130,8 @@ class Intake:
         if method not in CLIENT_NOTIFICATIONS:
             return
         try:
-            params = jsonrpc.decode_params(raw, PARAMS_DECODERS[method].decode)
-        except (errors.InvalidParams, jsonrpc.BadFrame):
+            params = requests.decode_params(raw, PARAMS_DECODERS[method].decode)
+        except (errors.InvalidParams, requests.BadFrame):
             log.warning("ignored a notification %s with wrong parameters", method)
             return
         if isinstance(params, m.StreamAckParams):
@@ -149,7 +149,7 @@ class Intake:
             raise errors.MethodNotFound(method)
         if not self.initialized and not entry.before_initialize:
             raise errors.NotInitialized()
-        params = jsonrpc.decode_params(raw, PARAMS_DECODERS[method].decode)
+        params = requests.decode_params(raw, PARAMS_DECODERS[method].decode)
         if in_batch and not (entry.in_batch and getattr(params, "partial_result_token", UNSET) is UNSET):
             raise errors.InvalidRequest(f"{method!r} cannot be part of a batch like this. Send it by itself.")
         if method == "shutdown":
@@ -171,7 +171,7 @@ def as_sidecar_error(method: str, error: Exception) -> errors.SidecarError:
     """Return what the client is told of `error`; the log has the rest."""
     if isinstance(error, errors.SidecarError):
         return error
-    if isinstance(error, jsonrpc.BadFrame):
+    if isinstance(error, requests.BadFrame):
         return error.error
     log.error("the handler of %s failed", method, exc_info=error)
     return errors.InternalError()
