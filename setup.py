@@ -9,10 +9,11 @@ from setuptools import Extension, setup
 modules = [
     Pybind11Extension(
         "mlx_sidecar.native._core",
-        sources=["native/src/module.cpp", "native/src/pages.cpp"],
+        sources=[f"native/src/{name}.cpp" for name in ("module", "pages", "ping", "pulse", "writer")],
         include_dirs=["native/include"],
         cxx_std=17,
-        extra_compile_args=["-Wall", "-Wextra", "-Werror"],
+        extra_compile_args=["-pthread", "-Wall", "-Wextra", "-Werror"],
+        extra_link_args=["-pthread"],
         optional=True,
     )
 ]

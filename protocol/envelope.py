@@ -92,6 +92,7 @@ def _error(kinds: list[str]) -> list[Json]:
                 "contextLength": {"description": "Of `context_overflow`.", "type": "integer"},
                 "maxUnsentBytes": {"description": "Of `slow_consumer`.", "type": "integer"},
                 "maxSentFrameBytes": {"description": "Of `response_too_large`.", "type": "integer"},
+                "maxInFlight": {"description": "Of `overloaded`.", "type": "integer"},
             },
         ),
     ]

@@ -17,7 +17,8 @@
     |-- Unsupported              1005   understood, and not possible with this model
     |-- BackendUnavailable       1006   MLX cannot run on this machine
     |-- SlowConsumer             1007   the client does not read its stream
-    `-- ResponseTooLarge         1008   the answer would be longer than a frame may be
+    |-- ResponseTooLarge         1008   the answer would be longer than a frame may be
+    `-- Overloaded               1009   more is asked at once than will be taken
 
 Codes follow JSON-RPC 2.0 and LSP where those define one; application errors are positive. A message says
 what happened, whose fault it is and what to do. It never contains text of a library or a path of the
@@ -61,7 +62,7 @@ class ParseError(SidecarError):
     code, kind = -32700, "parse_error"
 
     def __init__(self) -> None:
-        super().__init__("The frame is not valid JSON. Send one JSON-RPC object per line, in UTF-8.")
+        super().__init__("The frame is not valid JSON. Send one JSON-RPC object per frame, in UTF-8.")
 
 
 class InvalidRequest(SidecarError):
@@ -106,6 +107,7 @@ class InvalidParams(SidecarError):
     code, kind = -32602, "invalid_params"
 
     def __init__(self, path: str, problem: str) -> None:
+        path = path[:200]  # An unknown member may have any name.
         where = f"Parameter {path!r}" if path else "The parameters"
         super().__init__(f"{where}: {problem}. Correct the request and send it again.", path=path)
         self.path = path
@@ -226,4 +228,16 @@ class ResponseTooLarge(SidecarError):
         super().__init__(
             f"The answer is longer than {max_sent_frame_bytes} bytes. Ask for a smaller part of it.",
             maxSentFrameBytes=max_sent_frame_bytes,
+        )
+
+
+class Overloaded(SidecarError):
+    """As many requests of this connection as may be are in flight. Wait for an answer, then send it again."""
+
+    code, kind, retryable = 1009, "overloaded", True
+
+    def __init__(self, max_in_flight: int) -> None:
+        super().__init__(
+            f"{max_in_flight} requests of this connection are in flight. Wait until one has been answered.",
+            maxInFlight=max_in_flight,
         )

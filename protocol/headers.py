@@ -25,7 +25,8 @@ class HeaderSplitter:
     def __init__(self, max_frame_bytes: int) -> None:
         self._max = max_frame_bytes
         self._buffer = bytearray()
-        self._scanned = 0
+        self._start: int = 0
+        self._scanned: int = 0
         self._body_bytes: int | None = None
         self._lost = False
 
@@ -35,18 +36,17 @@ class HeaderSplitter:
         if self._lost:
             return frames
         self._buffer += chunk
-        position = 0
         try:
-            while (stop := self._end_of_body(position)) is not None:
-                frames.append(bytes(self._buffer[position:stop]))
-                self._body_bytes = None
-                position = self._scanned = stop
+            while (body := self._next_body()) is not None:
+                frames.append(body)
         except ValueError as error:
             self._lost = True
             self._buffer.clear()
             return [*frames, FramingLost(str(error))]
-        del self._buffer[:position]
-        self._scanned -= position
+        # Once for all of them: each by itself would move what is behind it, every time.
+        del self._buffer[: self._start]
+        self._scanned -= self._start
+        self._start = 0
         return frames
 
     def close(self) -> list[bytes | FramingLost]:
@@ -55,19 +55,24 @@ class HeaderSplitter:
             return []
         return [FramingLost("The stream ended inside a message.")]
 
-    def _end_of_body(self, position: int) -> int | None:
-        """Take away the headers at `position`; return where the body behind them ends, once it is there."""
+    def _next_body(self) -> bytes | None:
+        """Return the next body, once it is there; `_start` moves over what has been dealt with."""
         if self._body_bytes is None:
-            found = _END.search(self._buffer, max(position, self._scanned - 3))
+            found = _END.search(self._buffer, max(self._start, self._scanned - 3))
             if found is None:
                 self._scanned = len(self._buffer)
-                if len(self._buffer) - position > MAX_HEADER_BYTES:
+                if len(self._buffer) - self._start > MAX_HEADER_BYTES:
                     raise ValueError(f"The headers are longer than {MAX_HEADER_BYTES} bytes.")
                 return None
-            self._body_bytes = _content_length(bytes(self._buffer[position : found.start()]), self._max)
-            del self._buffer[position : found.end()]
-        stop = position + self._body_bytes
-        return stop if len(self._buffer) >= stop else None
+            self._body_bytes = _content_length(bytes(self._buffer[self._start : found.start()]), self._max)
+            self._start = found.end()
+        stop = self._start + self._body_bytes
+        if len(self._buffer) < stop:
+            return None
+        body = bytes(self._buffer[self._start : stop])
+        self._start = self._scanned = stop
+        self._body_bytes = None
+        return body
 
 
 def _content_length(block: bytes, limit: int) -> int:

@@ -19,6 +19,9 @@ MAX_ID_CHARACTERS = 1024
 
 MAX_BATCH_MEMBERS = 64
 
+MAX_IN_FLIGHT = 1024
+"""Requests of one connection that wait for their answers: far more than run at once, few enough to hold."""
+
 
 class _Response(msgspec.Struct, kw_only=True):
     jsonrpc: str = "2.0"

@@ -97,7 +97,8 @@ class ServerInfo(Result):
 class Limits(Result):
     """Bounds that a client can rely on.
 
-    `maxFrameBytes` holds for what the server reads, `maxSentFrameBytes` for what it writes. A stream with
+    `maxFrameBytes` holds for what the server reads, `maxSentFrameBytes` for what it writes. Of one connection
+    `maxInFlight` requests may wait for their answers; one more is `overloaded`. A stream with
     more than `maxUnsentBytes` waiting for a connection that does not read ends with `slow_consumer`; beyond
     twice that the connection ends.
     """
@@ -105,6 +106,7 @@ class Limits(Result):
     max_frame_bytes: int
     max_sent_frame_bytes: int
     max_batch_members: int
+    max_in_flight: int
     max_unsent_bytes: int
 
 
@@ -384,11 +386,19 @@ class PagesStats(NativeComponent):
     queries: int | UnsetType = UNSET
 
 
+class PulseStats(NativeComponent):
+    """`answered` counts pings answered without Python; `overtook` those that overtook what came before."""
+
+    answered: int | UnsetType = UNSET
+    overtook: int | UnsetType = UNSET
+
+
 class NativeStats(Result):
     """One entry per native component: whether it is `active`, and if not, the `reason`."""
 
     blas: BlasStats
     pages: PagesStats
+    pulse: PulseStats
 
 
 class MemoryStats(Result):

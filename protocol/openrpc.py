@@ -140,8 +140,7 @@ def _errors_of(entry: Method) -> Iterator[type[e.SidecarError]]:
     """Yield one error per code: those that any request can meet, then the method's own."""
     yield from (e.ParseError, e.InvalidRequest, e.InvalidParams, e.InternalError)
     if not entry.before_initialize:
-        yield e.NotInitialized
-        yield e.ResponseTooLarge
+        yield from (e.NotInitialized, e.Overloaded, e.ResponseTooLarge)
         # A result with a finish reason says itself that it was cancelled.
         if "finish_reason" not in getattr(entry.result, "__struct_fields__", ()):
             yield e.RequestCancelled

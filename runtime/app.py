@@ -129,7 +129,7 @@ class App:
         immediate = PresenceApi(self._vitals).methods()
 
         def open_connection(channel: Channel, on_event: OnEvent) -> Connection:
-            peer = Peer(channel, immediate, framing)
+            peer = Peer(channel, immediate, framing, self._vitals.pulses)
             connection = self._connect(peer, lambda _: self.engine.start(), on_event)
             peer.start()
             return connection

@@ -4,6 +4,7 @@ A host is answered before the app is even imported; see `server/peer`.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -40,6 +41,8 @@ def serve(settings: Settings, endpoint: Endpoint) -> NoReturn:
     exit_code = exit_codes.INTERNAL_ERROR
     try:
         exit_code = _serve(settings, endpoint, wire)
+    except KeyboardInterrupt:  # Before the event loop listens for it.
+        exit_code = 128 + signal.SIGINT
     except BaseException as error:
         import traceback
 
@@ -78,7 +81,7 @@ def _serve_host(settings: Settings, channel: "Channel", framing: Framing | None)
     from .telemetry.vitals import Vitals
 
     vitals = Vitals()
-    host = Peer(channel, PresenceApi(vitals).methods(), framing)
+    host = Peer(channel, PresenceApi(vitals).methods(), framing, vitals.pulses)
     host.greet()
     host.start()
     from .app import serve_host

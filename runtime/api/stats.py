@@ -42,7 +42,9 @@ class StatsApi:
             tokens=self._counters.tokens(),
             engine=self._engine_stats(),
             models=self._registry.infos(),
-            native=m.NativeStats(blas=self._blas_stats(), pages=self._pages_stats()),
+            native=m.NativeStats(
+                blas=self._blas_stats(), pages=self._pages_stats(), pulse=self._pulse_stats()
+            ),
         )
 
     def _memory(self) -> m.MemoryStats:
@@ -77,6 +79,12 @@ class StatsApi:
         if not report.active:
             return m.PagesStats(active=False, reason=report.reason or "")
         return m.PagesStats(active=True, queries=report.queries)
+
+    def _pulse_stats(self) -> m.PulseStats:
+        report = self._vitals.pulses.report()
+        if not report.active:
+            return m.PulseStats(active=False, reason=report.reason or "")
+        return m.PulseStats(active=True, answered=report.answered, overtook=report.overtook)
 
 
 def _device(started: "Future[Device]") -> Device | None:

@@ -11,12 +11,22 @@ import socket
 import stat
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from mlx_sidecar.native.pulse import Pulses
+
+if TYPE_CHECKING:
+    from mlx_sidecar.native._core import Pulse
 
 _READ_BYTES = 256 * 1024
 
 
 class Channel:
     """Both directions of a peer. Any thread may write; only one at a time does."""
+
+    # What reads and writes in our place, if there is such a thing.
+    _reader: "Pulse | None" = None
+    _writer: "Pulse | None" = None
 
     def __init__(self, read: int, write: int) -> None:
         self._read = read
@@ -31,12 +41,25 @@ class Channel:
         descriptor = connected.detach()
         return cls(descriptor, descriptor)
 
+    def quicken(self, pulses: Pulses) -> "Pulse | None":
+        """Let a pulse write for us from now on, and return it. Call before anything is written."""
+        self._writer = pulses.over(self._read, self._write)
+        return self._writer
+
+    def read_ahead(self, greeted: bytes) -> None:
+        """Let the pulse read for us, if there is one. `greeted` was read before, and has been dealt with."""
+        if self._writer is not None:
+            self._reader = self._writer
+            self._reader.start(greeted)
+
     def has_input(self) -> bool:
         """Return whether `read` would return at once."""
         return bool(_poll(self._read, select.POLLIN, 0))
 
     def read(self) -> bytes:
         """Return what the peer has said, waiting for it; empty at the end of its input."""
+        if self._reader is not None:
+            return self._reader.read()
         while True:
             try:
                 return os.read(self._read, _READ_BYTES)
@@ -56,6 +79,9 @@ class Channel:
         Raises:
             OSError: the peer has closed its end.
         """
+        if self._writer is not None:
+            self._writer.write_all(data)
+            return
         view = memoryview(data)
         while view:
             try:
@@ -69,6 +95,8 @@ class Channel:
         Raises:
             OSError: the peer has closed its end.
         """
+        if self._writer is not None:
+            return self._writer.try_write(data)
         if self._socket is not None:
             try:
                 return self._socket.send(data, socket.MSG_DONTWAIT)
@@ -89,6 +117,8 @@ class Channel:
 
     def release(self) -> None:
         """Give a socket's descriptor back. Nobody may read or write any more."""
+        if self._reader is not None:
+            self._reader.stop()
         if self._socket is not None:
             self._socket.close()
 

@@ -4,12 +4,14 @@ Whatever the intake does not answer itself waits here, in order, until a connect
 it.
 """
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from mlx_sidecar.native.pulse import IdsInFlight, Pulses
 from mlx_sidecar.protocol.framing import FrameReader, Framing
 
 from .channel import Channel
@@ -18,6 +20,8 @@ from .outbox import Outbox
 
 if TYPE_CHECKING:
     from .connection import Connection
+
+log = logging.getLogger("server")
 
 _CHUNKS_AHEAD = 16
 
@@ -38,17 +42,27 @@ Event = Callable[["Connection"], None]
 class Peer:
     """The other end of a channel. `framing` pins what is otherwise found out from the first byte.
 
+    With `pulses`, pings are answered also while no Python thread can run; see `native.pulse`.
+
     After `_CHUNKS_AHEAD` chunks that nobody has taken the thread stops reading, so a host that floods us
     fills its own pipe and not our memory.
     """
 
     def __init__(
-        self, channel: Channel, immediate: dict[str, Immediate], framing: Framing | None = None
+        self,
+        channel: Channel,
+        immediate: dict[str, Immediate],
+        framing: Framing | None = None,
+        pulses: Pulses | None = None,
     ) -> None:
         reader = FrameReader(framing)
         self.channel = channel
         self.outbox = Outbox(channel, lambda frame: (reader.framing or Framing.NDJSON).wrap(frame))
         self.intake = Intake(reader, self.outbox, immediate)
+        self._greeted = b""
+        self._pulse = channel.quicken(pulses) if pulses and framing is not Framing.LSP else None
+        if self._pulse is not None:
+            self.intake.in_flight = IdsInFlight(self._pulse)
         self._events: deque[Event] = deque()
         self._wake: Callable[[], None] = lambda: None
         self._room = threading.Semaphore(_CHUNKS_AHEAD)
@@ -60,10 +74,12 @@ class Peer:
         """Deal, here and now, with what the peer has said already."""
         if self.channel.has_input():
             self._room.acquire()
-            self._take(self.channel.read())
+            self._greeted = self.channel.read()
+            self._take(self._greeted)
 
     def start(self) -> None:
         """Begin reading."""
+        self.channel.read_ahead(self._greeted)
         self._thread.start()
 
     def attach(self, connection: "Connection", post: Callable[[Callable[[], None]], None]) -> None:
@@ -77,20 +93,32 @@ class Peer:
         take_all()
 
     def _run(self) -> None:
+        try:
+            self._read_all()
+        except BaseException:
+            # Nobody would read this peer any more, and it would wait for ever.
+            log.exception("a peer could not be read any further")
+            self._happened(PeerEvent.BROKEN)
+        else:
+            self._happened(PeerEvent.FRAMING_LOST if self.intake.lost else PeerEvent.INPUT_ENDED)
+        self.channel.wait_until_gone()
+        self._happened(PeerEvent.GONE)
+        self.outbox.stop()
+        self.channel.release()
+
+    def _read_all(self) -> None:
         while not self.intake.lost:
             self._room.acquire()
             if not (chunk := self.channel.read()):
                 self._take_in(self.intake.end())
                 break
             self._take(chunk)
-        self._happened(PeerEvent.FRAMING_LOST if self.intake.lost else PeerEvent.INPUT_ENDED)
-        self.channel.wait_until_gone()
-        self._happened(PeerEvent.GONE)
-        self.outbox.stop()
-        self.channel.release()
 
     def _take(self, chunk: bytes) -> None:
-        self._take_in(self.intake.feed(chunk))
+        incoming = self.intake.feed(chunk)
+        if self._pulse is not None and self.intake.shut_down:
+            self._pulse.shut_down()
+        self._take_in(incoming)
 
     def _take_in(self, incoming: list[Incoming]) -> None:
         if not incoming:

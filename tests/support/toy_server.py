@@ -41,6 +41,7 @@ LIMITS = {
     "maxFrameBytes": 2 << 20,
     "maxSentFrameBytes": 256 << 10,
     "maxBatchMembers": 16,
+    "maxInFlight": 1024,
     "maxUnsentBytes": 1 << 20,
 }
 BEFORE_INITIALIZE = ("initialize", "ping", "server/info", "rpc.discover", "shutdown")
@@ -350,7 +351,7 @@ class Toy:
             "tokens": {"prompt": 0, "completion": self._completion},
             "engine": {"state": "ready", "steps": 0, "sequences": len(self.works)},
             "models": self._models(),
-            "native": {"blas": absent, "pages": absent},
+            "native": {"blas": absent, "pages": absent, "pulse": absent},
         }
 
     def _models(self) -> list[Json]:

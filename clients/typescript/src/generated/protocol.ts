@@ -79,6 +79,8 @@ export interface ErrorData {
   maxUnsentBytes?: number;
   /** Of `response_too_large`. */
   maxSentFrameBytes?: number;
+  /** Of `overloaded`. */
+  maxInFlight?: number;
 }
 
 /** The response to a call that failed. `id` is null where the frame did not tell it. */
@@ -102,6 +104,7 @@ export type ErrorKind =
   | "model_not_found"
   | "model_not_loaded"
   | "not_initialized"
+  | "overloaded"
   | "parse_error"
   | "response_too_large"
   | "shutting_down"
@@ -267,7 +270,8 @@ export interface InitializeResult {
 /**
  * Bounds that a client can rely on.
  *
- * `maxFrameBytes` holds for what the server reads, `maxSentFrameBytes` for what it writes. A stream with
+ * `maxFrameBytes` holds for what the server reads, `maxSentFrameBytes` for what it writes. Of one
+ * connection `maxInFlight` requests may wait for their answers; one more is `overloaded`. A stream with
  * more than `maxUnsentBytes` waiting for a connection that does not read ends with `slow_consumer`; beyond
  * twice that the connection ends.
  */
@@ -275,6 +279,7 @@ export interface Limits {
   maxFrameBytes: number;
   maxSentFrameBytes: number;
   maxBatchMembers: number;
+  maxInFlight: number;
   maxUnsentBytes: number;
 }
 
@@ -350,6 +355,7 @@ export interface ModelsResult {
 export interface NativeStats {
   blas: BlasStats;
   pages: PagesStats;
+  pulse: PulseStats;
 }
 
 /** A message that is never answered, not even with an error. */
@@ -389,6 +395,14 @@ export interface PingResult {
 export interface ProgressParams {
   token: number | string;
   value: GenerateProgress;
+}
+
+/** `answered` counts pings answered without Python; `overtook` those that overtook what came before. */
+export interface PulseStats {
+  active: boolean;
+  reason?: string;
+  answered?: number;
+  overtook?: number;
 }
 
 /** A call. It gets exactly one response, whatever happens to it. */

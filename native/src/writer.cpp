@@ -1,0 +1,117 @@
+#include "mlx_sidecar/writer.hpp"
+
+#include <limits.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <system_error>
+
+namespace mlx_sidecar {
+namespace {
+
+#ifdef MSG_NOSIGNAL
+constexpr int kFlags = MSG_NOSIGNAL;
+#else
+constexpr int kFlags = 0;  // Python ignores SIGPIPE.
+#endif
+
+bool would_wait() { return errno == EAGAIN || errno == EWOULDBLOCK; }
+
+[[noreturn]] void fail() { throw std::system_error(errno, std::generic_category(), "write"); }
+
+bool is_writable(int fd, int timeout_ms) {
+  pollfd poll_fd{fd, POLLOUT, 0};
+  return ::poll(&poll_fd, 1, timeout_ms) > 0 && (poll_fd.revents & POLLOUT) != 0;
+}
+
+}  // namespace
+
+Writer::Writer(int fd) : fd_(fd) {
+  struct stat status{};
+  if (::fstat(fd, &status) != 0) fail();
+  if (S_ISSOCK(status.st_mode)) kind_ = Kind::socket;
+  if (S_ISFIFO(status.st_mode)) kind_ = Kind::pipe;
+  if (S_ISREG(status.st_mode)) kind_ = Kind::file;
+}
+
+std::size_t Writer::try_write(std::string_view data) {
+  const std::lock_guard lock(mutex_);
+  if (!send_rest()) return 0;
+  const std::size_t written = write_now(data);
+  if (written > 0) in_frame_ = written < data.size();
+  return written;
+}
+
+void Writer::write_all(std::string_view data) {
+  const std::lock_guard lock(mutex_);
+  in_frame_ = true;  // and stays so if this throws
+  write_waiting(rest_);
+  rest_.clear();
+  write_waiting(data);
+  in_frame_ = false;
+}
+
+bool Writer::slip_in(std::string_view frame) {
+  const std::unique_lock lock(mutex_, std::try_to_lock);
+  if (!lock || in_frame_ || (kind_ == Kind::pipe && frame.size() > PIPE_BUF)) return false;
+  try {
+    if (!send_rest()) return false;
+    const std::size_t written = write_now(frame);
+    if (written > 0) rest_ = frame.substr(written);
+    return written > 0;
+  } catch (const std::system_error&) {
+    return false;  // Whoever writes next finds out, and knows what to do about it.
+  }
+}
+
+bool Writer::settle() {
+  const std::unique_lock lock(mutex_, std::try_to_lock);
+  if (!lock) return true;  // Whoever has the lock begins with the rest.
+  try {
+    return send_rest();
+  } catch (const std::system_error&) {
+    return true;
+  }
+}
+
+bool Writer::send_rest() {
+  if (!rest_.empty()) rest_.erase(0, write_now(rest_));
+  return rest_.empty();
+}
+
+std::size_t Writer::write_now(std::string_view data) {
+  while (true) {
+    ssize_t written = 0;
+    if (kind_ == Kind::socket) {
+      written = ::send(fd_, data.data(), data.size(), MSG_DONTWAIT | kFlags);
+    } else if (kind_ == Kind::file) {
+      written = ::write(fd_, data.data(), data.size());
+    } else if (kind_ == Kind::pipe && is_writable(fd_, 0)) {
+      // A pipe that polls as writable takes at least PIPE_BUF bytes without waiting (POSIX, pipe(7)).
+      written = ::write(fd_, data.data(), std::min<std::size_t>(data.size(), PIPE_BUF));
+    }
+    if (written >= 0) return static_cast<std::size_t>(written);
+    if (would_wait()) return 0;
+    if (errno != EINTR) fail();
+  }
+}
+
+void Writer::write_waiting(std::string_view data) {
+  while (!data.empty()) {
+    const ssize_t written = kind_ == Kind::socket ? ::send(fd_, data.data(), data.size(), kFlags)
+                                                  : ::write(fd_, data.data(), data.size());
+    if (written >= 0) {
+      data.remove_prefix(static_cast<std::size_t>(written));
+    } else if (would_wait()) {
+      is_writable(fd_, -1);
+    } else if (errno != EINTR) {
+      fail();
+    }
+  }
+}
+
+}  // namespace mlx_sidecar

@@ -1,0 +1,121 @@
+"""`ping` while somebody holds the interpreter's lock, as a tokenizer that loads does for a while."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Generator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pytest
+from support.wire import Listening, Talk, Wire
+
+# Starts with the process. A PyDLL keeps the lock during a call; between two somebody else could take it.
+HOLDER = """
+import ctypes, os, sys, threading
+
+def hold():
+    system = ctypes.PyDLL(None).system
+    hold, held = os.open(os.environ["HOLD"], os.O_RDONLY), os.open(os.environ["HELD"], os.O_WRONLY)
+    while os.read(hold, 1):
+        system(b'printf x > "$HELD"; dd bs=1 count=1 if="$HOLD" of=/dev/null 2> /dev/null')
+        os.write(held, b"x")
+
+if "serve" in sys.argv:
+    threading.Thread(target=hold, daemon=True).start()
+"""
+
+
+class Lock:
+    """The interpreter's lock of a server that was started with `environ`; held inside the block.
+
+    Nothing in the server's Python happens there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "sitecustomize.py").write_text(HOLDER)
+        for name in ("hold", "held"):
+            os.mkfifo(folder / name)
+        # Opened in both directions, because opening one end of a FIFO waits for the other.
+        self._hold, self._held = (os.open(folder / name, os.O_RDWR) for name in ("hold", "held"))
+        self.environ = {"PYTHONPATH": str(folder), "HOLD": str(folder / "hold"), "HELD": str(folder / "held")}
+
+    def __enter__(self) -> Self:
+        os.write(self._hold, b"x")
+        assert os.read(self._held, 1) == b"x"
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        os.write(self._hold, b"x")
+        assert os.read(self._held, 1) == b"x"
+
+    def close(self) -> None:
+        os.close(self._hold)
+        os.close(self._held)
+
+
+@pytest.fixture
+def lock() -> Generator[Lock]:
+    folder = Path(tempfile.mkdtemp(prefix="mlx-", dir="/tmp"))
+    lock = Lock(folder)
+    yield lock
+    lock.close()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["stdio", "socket"])
+def talk(request: pytest.FixtureRequest, lock: Lock, socket_path: Path) -> Generator[Talk]:
+    if request.param == "stdio":
+        with Wire(env=lock.environ) as wire:
+            wire.initialize()
+            wire.result("stats")  # The first answer may come before anybody reads on.
+            yield wire
+    else:
+        with Listening(socket_path, env=lock.environ) as server, server.connect() as guest:
+            yield guest
+
+
+def test_ping_is_answered_while_no_python_runs(talk: Talk, lock: Lock) -> None:
+    with lock:
+        for _ in range(3):
+            assert talk.result("ping")["inFlight"] == 0
+    pulse = talk.result("stats")["native"]["pulse"]
+    assert pulse["active"]
+    assert pulse["answered"] >= 3
+
+
+def test_ping_overtakes_requests_that_wait_for_python(talk: Talk, lock: Lock) -> None:
+    with lock:
+        waiting = talk.send("models")
+        assert talk.result("ping")["inFlight"] == 0
+    assert talk.response(waiting)["result"] == {"models": []}
+    assert talk.result("stats")["native"]["pulse"]["overtook"] >= 1
+
+
+def test_after_shutdown_nobody_answers_ping(talk: Talk, lock: Lock) -> None:
+    talk.result("shutdown")
+    with lock:
+        ping = talk.send("ping")
+    assert talk.response(ping)["error"]["data"]["kind"] == "shutting_down"
+
+
+def test_a_shutdown_that_waits_for_python_is_not_overtaken(talk: Talk, lock: Lock) -> None:
+    with lock:
+        shutdown, ping = talk.send("shutdown"), talk.send("ping")
+    assert talk.response(shutdown)["result"] is None
+    assert talk.response(ping)["error"]["data"]["kind"] == "shutting_down"
+
+
+def test_switched_off_ping_waits_for_python_and_is_answered(lock: Lock) -> None:
+    with Wire(env=lock.environ | {"MLX_SIDECAR_PULSE": "off"}) as wire:
+        wire.initialize()
+        with lock:
+            ping = wire.send("ping")
+        assert wire.response(ping)["result"]["inFlight"] == 0
+        assert wire.result("stats")["native"]["pulse"] == {
+            "active": False,
+            "reason": "switched off by MLX_SIDECAR_PULSE=off",
+        }

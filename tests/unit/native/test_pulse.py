@@ -1,0 +1,531 @@
+import json
+import os
+import queue
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.channels import PATIENCE_SECONDS
+
+from mlx_sidecar.native.pulse import SWITCH, IdsInFlight, Pulses
+from mlx_sidecar.protocol import jsonrpc
+from mlx_sidecar.protocol.messages import PingResult
+
+FIRST = b'{"jsonrpc":"2.0","method":"first"}\n'
+
+
+def ping(request_id: int | str = 1, **members: Any) -> bytes:
+    return json.dumps({"jsonrpc": "2.0", "id": request_id, "method": "ping"} | members).encode() + b"\n"
+
+
+class End:
+    """A pulse over a socket or two pipes, and the peer at their other end."""
+
+    def __init__(self, kind: str = "socket", greeted: bytes = FIRST, pulses: Pulses | None = None) -> None:
+        if kind == "socket":
+            near, far = socket.socketpair()
+            self._near = [near.detach()]
+            self._far = [far.detach()]
+            read = write = self._near[0]
+            self._say = self._hear = self._far[0]
+        else:
+            (read, self._say), (self._hear, write) = os.pipe(), os.pipe()
+            self._near, self._far = [read, write], [self._say, self._hear]
+        self.pulses = pulses or Pulses(time.monotonic())
+        pulse = self.pulses.over(read, write)
+        assert pulse is not None
+        self.pulse = pulse
+        self._heard = os.fdopen(os.dup(self._hear), "rb")
+        self.pulse.start(greeted)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pulse.stop()
+        self._heard.close()
+        for descriptor in [*self._near, *self._far]:
+            os.close(descriptor)
+
+    def say(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self._say, data) :]
+
+    def takes_more(self) -> bool:
+        poll = select.poll()
+        poll.register(self._say, select.POLLOUT)
+        return bool(poll.poll(500))
+
+    def say_what_fits(self, data: bytes) -> int:
+        os.set_blocking(self._say, False)
+        try:
+            return os.write(self._say, data)
+        except BlockingIOError:
+            return 0
+        finally:
+            os.set_blocking(self._say, True)
+
+    def say_no_more(self) -> None:
+        if self._say == self._hear:
+            with socket.socket(fileno=os.dup(self._say)) as far:
+                far.shutdown(socket.SHUT_WR)
+        else:
+            os.close(self._say)
+            self._far.remove(self._say)
+
+    def hear(self) -> Any:
+        return json.loads(self._heard.readline())
+
+    def rest(self) -> bytes:
+        """All that comes out of the pulse up to the end."""
+        parts = bytearray()
+        while part := self.pulse.read():
+            parts += part
+        return bytes(parts)
+
+
+@pytest.fixture(params=["socket", "pipes"])
+def end(request: pytest.FixtureRequest) -> Generator[End]:
+    with End(request.param) as end:
+        yield end
+
+
+def read_in_the_background(end: End) -> "queue.Queue[bytes]":
+    """Have a thread read all the time, as the server does."""
+    taken: queue.Queue[bytes] = queue.Queue()
+
+    def read() -> None:
+        while part := end.pulse.read():
+            taken.put(part)
+        taken.put(b"")
+
+    threading.Thread(target=read, daemon=True).start()
+    return taken
+
+
+def overtaken(pulses: Pulses) -> None:
+    """Return when a ping that was sent just now has been answered because nobody came for it."""
+    with End(pulses=pulses) as other:
+        other.say(FIRST + ping("time passes"))
+        assert other.hear()["id"] == "time passes"
+
+
+# What is answered
+
+
+PLAIN = [
+    ping(),
+    ping(0),
+    ping(-7),
+    ping(2**53 - 1),
+    ping(1 - 2**53),
+    ping(""),
+    ping("a b~/'"),
+    ping(params={}),
+    ping(params=[]),
+    ping(params=[None]).replace(b" ", b""),
+    ping(params=None),
+    b'\t{ "params" : {} ,"method":"ping", "id" : 5\t, "jsonrpc":"2.0" } \r\n',
+    ping().replace(b"\n", b" " * (512 - len(ping()) + 1) + b"\n"),
+]
+NEAR_MISSES = [
+    ping("\u00e9"),
+    ping('"'),
+    ping(2**53),
+    ping(-(2**53)),
+    ping(params={"a": 1}),
+    ping(params=[1]),
+    ping(params=[None, None]),
+    ping(params=[None]).replace(b"[", b"[ "),
+    ping(params={}).replace(b"{}", b"{ }"),
+    ping(extra=1),
+    ping(method="pin"),
+    ping(jsonrpc="2.1"),
+    ping(jsonrpc=2.0),
+    *(ping().replace(b"1", other) for other in (b"1.0", b"1e3", b"-0", b"01", b"null", b"-")),
+    ping().replace(b'"id": 1, ', b""),
+    ping().replace(b'"id"', b'"i\\u0064"'),
+    ping().replace(b"ping", b"\\u0070ing"),
+    ping().replace(b"}", b',"id":1}'),
+    ping().replace(b"}", b',"method":"ping"}'),
+    ping().replace(b"}", b',"params":{},"params":{}}'),
+    ping().replace(b"}", b",}"),
+    ping().replace(b"}", b""),
+    ping().replace(b"}", b"} x"),
+    ping().replace(b"{", b"\x0b{"),
+    ping().replace(b"{", b"\xef\xbb\xbf{"),
+    b"[" + ping()[:-1] + b"]\n",
+    ping().replace(b"\n", b" " * (513 - len(ping()) + 1) + b"\n"),
+    b"\n",
+]
+
+
+@pytest.mark.parametrize("line", PLAIN)
+def test_a_plain_ping_is_answered_whether_python_waits_for_it_or_does_not_come(end: End, line: bytes) -> None:
+    end.say(line)
+    assert end.hear()["id"] == json.loads(line)["id"]
+    read_in_the_background(end)
+    end.say(line)
+    assert end.hear()["id"] == json.loads(line)["id"]
+
+
+@pytest.mark.parametrize("line", NEAR_MISSES)
+def test_whatever_is_not_quite_a_plain_ping_is_left_to_python(line: bytes) -> None:
+    with End() as end:
+        taken = read_in_the_background(end)
+        end.say(line)
+        assert taken.get(timeout=PATIENCE_SECONDS) == line
+    with End() as end:
+        end.say(line + ping("behind"))
+        assert end.hear()["id"] == "behind"
+        assert end.pulse.read() == line
+
+
+def test_the_answer_is_the_one_that_python_would_give(end: End) -> None:
+    result = PingResult(state="ready", uptime_ms=1.5, in_flight=0, last_step_age_ms=None)
+    for step in (None, time.monotonic()):
+        end.pulses.note_state("ready")
+        end.pulses.note_step(step)
+        result.last_step_age_ms = None if step is None else 2.5
+        python = json.loads(jsonrpc.encode_outcome("x", result))
+        end.say(ping("x"))
+        native = end.hear()
+        assert list(native) == list(python)
+        assert [(name, type(value)) for name, value in native["result"].items()] == [
+            (name, type(value)) for name, value in python["result"].items()
+        ]
+        assert native["result"]["uptimeMs"] >= 0
+
+
+def test_times_count_from_where_python_says() -> None:
+    with End(pulses=Pulses(time.monotonic() - 1000)) as end:
+        end.pulses.note_step(time.monotonic() - 500)
+        end.say(ping())
+        result = end.hear()["result"]
+        assert 1_000_000 <= result["uptimeMs"] < 1_000_000 + 1000 * PATIENCE_SECONDS
+        assert 500_000 <= result["lastStepAgeMs"] < 500_000 + 1000 * PATIENCE_SECONDS
+
+
+def test_pings_are_counted_and_those_that_overtook_something_apart() -> None:
+    with End() as end:
+        end.say(ping(1))
+        end.hear()
+        report = end.pulses.report()
+        assert (report.active, report.reason, report.answered) == (True, None, 1)
+    with End(pulses=end.pulses) as other:
+        other.say(FIRST + ping(2))
+        other.hear()
+        assert end.pulses.report()[2:] == (2, report.overtook + 1)
+
+
+# What is not
+
+
+def test_ids_in_flight_are_pythons_to_refuse_until_they_have_been_answered(end: End) -> None:
+    ids = IdsInFlight(end.pulse)
+    for request_id in (7, "x", "lone \ud800", 'with "quotes"'):
+        ids.add(request_id)
+    for request_id in (7, "x"):
+        end.say(ping(request_id))
+        assert end.pulse.read() == ping(request_id)
+    end.say(ping("7"))
+    assert end.hear()["result"]["inFlight"] == 4
+    ids.discard(7)
+    ids.discard("lone \ud800")
+    ids.discard("never was")
+    end.say(ping(7))
+    assert end.hear()["result"]["inFlight"] == 2
+    assert ids == {"x", 'with "quotes"'}
+
+
+def test_after_shutdown_every_ping_is_pythons_to_refuse(end: End) -> None:
+    end.pulse.shut_down()
+    end.say(ping(1) + ping(2))
+    overtaken(end.pulses)
+    assert end.pulse.read() == ping(1) + ping(2)
+
+
+def test_a_shutdown_that_waits_or_is_being_dealt_with_is_not_overtaken(end: End) -> None:
+    shutdown = b'{"jsonrpc":"2.0","id":1,"method":"shutdown"}\n'
+    end.say(shutdown[:-10])
+    assert end.pulse.read() == shutdown[:-10]
+    end.say(shutdown[-10:] + ping(2))
+    overtaken(end.pulses)
+    assert end.pulse.read() == shutdown[-10:] + ping(2)
+    end.say(ping(3))
+    overtaken(end.pulses)
+    assert end.pulse.read() == ping(3)
+
+
+@pytest.mark.parametrize("taken", [0, 20, 34, 60])
+def test_a_request_with_the_same_id_is_not_overtaken(end: End, taken: int) -> None:
+    said = b'{"jsonrpc": "2.0", "id" : "twice", "method": "models"}\n' + ping("twice")
+    end.say(said[:taken])
+    if taken:
+        assert end.pulse.read() == said[:taken]
+    end.say(said[taken:] + ping("other"))
+    assert end.hear()["id"] == "other"
+    assert end.pulse.read() == said[taken:]
+
+
+def test_a_line_that_python_has_seen_the_beginning_of_is_pythons(end: End) -> None:
+    end.say(ping(1)[:10])
+    assert end.pulse.read() == ping(1)[:10]
+    end.say(ping(1)[10:] + ping(2))
+    assert end.hear()["id"] == 2
+    assert end.pulse.read() == ping(1)[10:]
+
+
+def test_a_line_that_comes_in_pieces_is_looked_at_when_it_is_whole(end: End) -> None:
+    end.say(FIRST + ping(1)[:10])
+    overtaken(end.pulses)
+    end.say(ping(1)[10:])
+    assert end.hear()["id"] == 1
+    assert end.pulse.read() == FIRST
+
+
+@pytest.mark.parametrize("greeted", [b"", b"\xef", b"\xef\xbb\xbf", b" \n", b'{"first'])
+def test_the_first_frame_is_pythons_which_finds_the_framing_by_it(greeted: bytes) -> None:
+    with End(greeted=greeted) as end:
+        end.say(b"\n\n" * (not greeted) + ping(1) + ping(2))
+        assert end.hear()["id"] == 2
+        assert end.pulse.read().lstrip() == ping(1)
+
+
+@pytest.mark.parametrize("greeted", [b"", b"\xef", b"\r\nCon"])
+def test_headers_are_passed_on_untouched(greeted: bytes) -> None:
+    said = b"\xef\xbb\xbf\r\ncontent-length: 99\r\n\r\n"[len(greeted) :] + b"x\n" + ping() * 10
+    with End(greeted=greeted) as end:
+        end.say(said)
+        overtaken(end.pulses)
+        end.say_no_more()
+        assert end.rest() == said
+
+
+# Bytes
+
+
+LINES = st.lists(
+    st.one_of(
+        st.just("ping"),
+        st.sampled_from([line for line in NEAR_MISSES if line != ping().replace(b"}", b"")]),
+        st.binary(max_size=40).map(lambda line: line.replace(b"\n", b"") + b"\n"),
+    ),
+    max_size=30,
+)
+
+
+@given(
+    kinds=LINES,
+    cuts=st.lists(st.integers(1, 60)),
+    kind=st.sampled_from(["socket", "pipes"]),
+    late=st.booleans(),
+)
+def test_all_bytes_come_out_in_order_but_for_pings_that_were_answered_once(
+    kinds: list[Any], cuts: list[int], kind: str, late: bool
+) -> None:
+    said = [ping(f"#{n}") if line == "ping" else line for n, line in enumerate(kinds)]
+    with End(kind) as end:
+        reading = None if late else read_in_the_background(end)
+        stream = b"".join(said)
+        for cut in cuts:
+            end.say(stream[:cut])
+            stream = stream[cut:]
+        end.say(stream)
+        end.say_no_more()
+        if reading is None:
+            overtaken(end.pulses)
+            reading = read_in_the_background(end)
+        read = b"".join(iter(lambda: reading.get(timeout=PATIENCE_SECONDS), b""))
+        end.pulse.write_all(b'"end"\n')
+        answered = [answer["id"] for answer in iter(end.hear, "end")]
+    assert len(set(answered)) == len(answered)
+    for request_id in answered:
+        said.remove(ping(request_id))
+    assert read == b"".join(said)
+
+
+def test_what_nobody_takes_fills_the_pipe_and_not_the_memory(end: End) -> None:
+    line = b'{"jsonrpc":"2.0","method":"' + b"x" * 10_000 + b'"}\n'
+    said = bytearray()
+    while len(said) < 1000 * len(line) and end.takes_more():
+        begun = len(said) % len(line)
+        said += line[begun : begun + end.say_what_fits(line[begun:])]
+    assert len(said) < 300 * len(line)
+    reading = read_in_the_background(end)
+    end.say_no_more()
+    assert b"".join(iter(lambda: reading.get(timeout=PATIENCE_SECONDS), b"")) == said
+
+
+def test_the_last_line_may_lack_its_newline(end: End) -> None:
+    end.say(ping(1) + ping(2)[:-1])
+    end.say_no_more()
+    read = end.rest()
+    assert read in (ping(2)[:-1], ping(1) + ping(2)[:-1])
+    assert end.pulse.read() == b""
+
+
+# Writing
+
+
+@pytest.mark.parametrize("kind", ["socket", "pipes"])
+def test_answers_never_come_into_the_middle_of_a_frame(kind: str) -> None:
+    frames = [b'{"frame":%d,"filler":"%s"}\n' % (n, b"x" * (n * 9770 % 150_000)) for n in range(60)]
+    pings = 300
+    with End(kind) as end:
+        taken = read_in_the_background(end)
+        left: list[bytes] = []
+
+        def write() -> None:
+            for frame in frames:
+                written = end.pulse.try_write(frame)
+                if written < len(frame):
+                    end.pulse.write_all(memoryview(frame)[written:])
+            end.pulse.write_all(b'"end"\n')
+
+        def ask() -> None:
+            for n in range(pings):
+                end.say(ping(n))
+            end.say_no_more()
+            left.extend(iter(lambda: taken.get(timeout=PATIENCE_SECONDS), b""))
+
+        threads = [threading.Thread(target=work, daemon=True) for work in (write, ask)]
+        for thread in threads:
+            thread.start()
+        heard: list[Any] = []
+        while (message := end.hear()) != "end":
+            heard.append(message)
+        threads[1].join(PATIENCE_SECONDS)
+        end.pulse.write_all(b'"end"\n')
+        heard += iter(end.hear, "end")
+    answered = {message["id"] for message in heard if "id" in message}
+    by_python = {json.loads(line)["id"] for line in b"".join(left).splitlines()}
+    assert [message["frame"] for message in heard if "frame" in message] == list(range(len(frames)))
+    assert len(heard) == len(frames) + len(answered)
+    assert not answered & by_python
+    assert answered | by_python == set(range(pings))
+
+
+def test_while_a_frame_is_unfinished_pings_are_pythons(end: End) -> None:
+    frame = b'"' + b"x" * 1_000_000 + b'"\n'
+    written = end.pulse.try_write(frame)
+    assert 0 < written < len(frame)
+    end.say(ping(1))
+    assert end.pulse.read() == ping(1)
+    writing = threading.Thread(target=lambda: end.pulse.write_all(memoryview(frame)[written:]), daemon=True)
+    writing.start()
+    assert len(end.hear()) == 1_000_000
+    writing.join(PATIENCE_SECONDS)
+    end.say(ping(2))
+    assert end.hear()["id"] == 2
+
+
+def test_a_peer_that_has_gone_ends_the_input_and_fails_both_ways_of_writing(end: End) -> None:
+    end.say(FIRST + ping())
+    end._heard.close()  # pyright: ignore[reportPrivateUsage]
+    while end._far:  # pyright: ignore[reportPrivateUsage]
+        os.close(end._far.pop())  # pyright: ignore[reportPrivateUsage]
+    assert FIRST in end.rest()
+    with pytest.raises(BrokenPipeError):
+        end.pulse.write_all(b"x")
+    with pytest.raises(BrokenPipeError):
+        end.pulse.try_write(b"x")
+
+
+# Beginning and end
+
+
+def test_stopping_ends_a_read_that_waits_and_may_be_done_often(end: End) -> None:
+    taken = read_in_the_background(end)
+    end.pulse.stop()
+    assert taken.get(timeout=PATIENCE_SECONDS) == b""
+    end.pulse.stop()
+
+
+def make_without_stopping(pulses: Pulses) -> None:
+    near, far = socket.socketpair()
+    with near, far:
+        pulse = pulses.over(near.fileno(), near.fileno())
+        assert pulse is not None
+        pulse.start(b"")
+        del pulse
+        pulses.over(near.fileno(), near.fileno())
+
+
+def test_descriptors_and_threads_are_given_back() -> None:
+    def held() -> tuple[int, int]:
+        tasks = Path("/proc/self/task")
+        return len(list(Path("/dev/fd").iterdir())), len(list(tasks.iterdir())) if tasks.exists() else 0
+
+    pulses = Pulses(0.0)
+    with End(pulses=pulses):
+        pass
+    before = held()
+    for kind in ("socket", "pipes") * 20:
+        with End(kind, pulses=pulses) as end:
+            end.say(ping())
+    for _ in range(20):
+        make_without_stopping(pulses)
+    assert held() == before
+
+
+def test_a_file_is_read_to_its_end(tmp_path: Path) -> None:
+    file = tmp_path / "said"
+    file.write_bytes(said := FIRST * 50_000)
+    with file.open("rb") as source, (tmp_path / "heard").open("wb") as sink:
+        pulse = Pulses(0.0).over(source.fileno(), sink.fileno())
+        assert pulse is not None
+        pulse.start(b"")
+        assert b"".join(iter(pulse.read, b"")) == said
+        assert pulse.try_write(b"x" * 100_000) == 100_000
+        pulse.stop()
+
+
+def test_switched_off_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "off")
+    pulses = Pulses(0.0)
+    assert pulses.over(0, 1) is None
+    pulses.note_state("ready")
+    pulses.note_step(1.0)
+    assert pulses.report()[:2] == (False, "switched off by MLX_SIDECAR_PULSE=off")
+
+
+def test_without_the_native_module_it_says_so() -> None:
+    script = (
+        "import sys\n"
+        "sys.modules['mlx_sidecar.native._core'] = None\n"
+        "from mlx_sidecar.native.pulse import Pulses\n"
+        "pulses = Pulses(0.0)\n"
+        "assert pulses.over(0, 1) is None\n"
+        "print(pulses.report().active, pulses.report().reason)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, timeout=60)
+    assert done.stdout.strip() == b"False the native module was not built"
+
+
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_the_sanitizers_find_nothing(sanitizers: str, tmp_path: Path) -> None:
+    native, program = Path(__file__).parents[3] / "native", tmp_path / "pulse_test"
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("there is no compiler")
+    command = [compiler, "-std=c++17", "-g", "-O1", "-pthread", f"-fsanitize={sanitizers}"]
+    sources = [native / f"src/{name}.cpp" for name in ("ping", "pulse", "writer")]
+    command += ["-fno-sanitize-recover=all", f"-I{native / 'include'}", f"-o{program}"]
+    sources.append(Path(__file__).with_name("pulse_test.cpp"))
+    compiled = subprocess.run([*command, *sources], capture_output=True, text=True, timeout=110)
+    if compiled.returncode and "cannot find" in compiled.stderr:
+        pytest.skip("the compiler came without sanitizers")
+    assert compiled.returncode == 0, compiled.stderr
+    done = subprocess.run([program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
