@@ -65,12 +65,19 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     )
     serve.add_argument(
         "--eof-grace",
-        type=float,
+        type=_seconds,
         metavar="SECONDS",
         default=_DEFAULTS.eof_grace_seconds,
         help="how long accepted requests may still run after a client's last word (default: %(default)s)",
     )
     serve.set_defaults(run=_serve)
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not seconds >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is no length of time")
+    return seconds
 
 
 def _add_bringers(commands: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Awaitable
 
 import anyio
 from anyio import CapacityLimiter, to_thread
-from msgspec import UnsetType
+from msgspec import UNSET, UnsetType
 
 from mlx_sidecar.protocol import messages as m
 from mlx_sidecar.protocol.errors import ContextOverflow, InvalidParams
@@ -56,6 +56,8 @@ class GenerateApi:
                 model = await self._registry.ready(params.model)
                 with model.in_use():
                     prompt = await self._prompt(params, model)
+                    if model.forced_out:  # While the prompt was worked out: there is no sequence to end.
+                        waiting.cancel()
                     result = await self._answer(params, call, model, prompt, arrived_at)
         except Exception:
             self._counters.failed += 1
@@ -74,7 +76,10 @@ class GenerateApi:
                 encode, model, params.messages, params.prompt, limiter=self._pool, abandon_on_cancel=True
             )
         if not prompt:
-            raise InvalidParams("tokens" if isinstance(params.tokens, list) else "prompt", "is empty")
+            given = next(
+                name for name in ("tokens", "messages", "prompt") if getattr(params, name) is not UNSET
+            )
+            raise InvalidParams(given, "is empty")
         if len(prompt) >= model.facts.context_length:
             raise ContextOverflow(len(prompt), model.facts.context_length)
         return prompt

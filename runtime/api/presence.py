@@ -6,6 +6,7 @@ Nothing here may wait or import anything heavy: these answers come before there 
 import os
 import platform
 import time
+from typing import Any
 
 import msgspec
 
@@ -18,8 +19,6 @@ from mlx_sidecar.protocol.version import VERSION
 from ..server.intake import Immediate, Intake
 from ..server.outbox import MAX_UNSENT_BYTES
 from ..telemetry.vitals import Vitals
-
-_INSTANCE_ID = f"{os.getpid()}-{time.time_ns():x}"
 
 
 class PresenceApi:
@@ -49,13 +48,7 @@ class PresenceApi:
         if params.protocol_version != m.PROTOCOL_VERSION:
             raise InvalidParams("protocolVersion", f"this server speaks version {m.PROTOCOL_VERSION} only")
         intake.open(params)
-        return m.InitializeResult(
-            protocol_version=m.PROTOCOL_VERSION,
-            server_info=m.ServerInfo(name="mlx-sidecar", version=VERSION),
-            capabilities=_CAPABILITIES,
-            limits=_LIMITS,
-            instance_id=_INSTANCE_ID,
-        )
+        return m.InitializeResult(**_IDENTITY)
 
     def ping(self, _: m.NoParams, intake: Intake) -> m.PingResult:
         """Answer, whatever the engine and the event loop are doing."""
@@ -69,11 +62,7 @@ class PresenceApi:
     def info(self, _: m.NoParams, __: Intake) -> m.ServerInfoResult:
         """Say who we are."""
         return m.ServerInfoResult(
-            protocol_version=m.PROTOCOL_VERSION,
-            server_info=m.ServerInfo(name="mlx-sidecar", version=VERSION),
-            capabilities=_CAPABILITIES,
-            limits=_LIMITS,
-            instance_id=_INSTANCE_ID,
+            **_IDENTITY,
             process_id=os.getpid(),
             platform=f"{platform.system()} {platform.machine()}",
             state=self._vitals.state,
@@ -87,11 +76,18 @@ class PresenceApi:
         return msgspec.Raw(openrpc.stored())
 
 
-_CAPABILITIES = {"streaming": True, "cancel": True, "batch": True, "flowControl": True}
-
 _LIMITS = m.Limits(
     max_frame_bytes=MAX_INBOUND_FRAME_BYTES,
     max_sent_frame_bytes=MAX_OUTBOUND_FRAME_BYTES,
     max_batch_members=jsonrpc.MAX_BATCH_MEMBERS,
+    max_in_flight=jsonrpc.MAX_IN_FLIGHT,
     max_unsent_bytes=MAX_UNSENT_BYTES,
 )
+
+_IDENTITY: dict[str, Any] = {
+    "protocol_version": m.PROTOCOL_VERSION,
+    "server_info": m.ServerInfo(name="mlx-sidecar", version=VERSION),
+    "capabilities": {"streaming": True, "cancel": True, "batch": True, "flowControl": True},
+    "limits": _LIMITS,
+    "instance_id": f"{os.getpid()}-{time.time_ns():x}",
+}

@@ -42,6 +42,7 @@ class LoadedModel:
         self.idle = anyio.Event()
         self.sequences: set[Sequence] = set()
         self.users = 0
+        self.forced_out = False
         self.result: m.LoadResult | None = None
         self._tokenizer: ModelTokenizer | None = None
 
@@ -142,6 +143,7 @@ class ModelRegistry:
         model.state = "unloading"
         model.settled = anyio.Event()
         if params.force:
+            model.forced_out = True
             for sequence in model.sequences:
                 self._engine.cancel(sequence)
         # Once begun an unload runs to its end, whoever stops waiting for it: half of one is no state.

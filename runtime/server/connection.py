@@ -169,7 +169,10 @@ class Connection:
             self._finish(call, outcome)
 
     def _finish(self, call: Call, outcome: Any) -> None:
-        frame = jsonrpc.encode_outcome(call.id, outcome)
+        try:
+            frame = jsonrpc.encode_outcome(call.id, outcome)
+        except Exception as error:
+            frame = jsonrpc.encode_outcome(call.id, as_sidecar_error(call.method, error))
         del self._calls[call.id]
         # Before the response can be read: its id may come again at once.
         self.peer.intake.in_flight.discard(call.id)

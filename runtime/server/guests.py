@@ -80,6 +80,7 @@ class Guests:
         if event is PeerEvent.BROKEN:
             guest.peer.channel.close()
         if event is not PeerEvent.INPUT_ENDED:
+            guest.peer.intake.shut_down = True
             guest.cancel_all()
         if guest not in self._leaving:
             self._leaving.add(guest)

@@ -70,6 +70,8 @@ class Intake:
 
     def _take_all(self, frames: list[Frame]) -> list[Incoming]:
         for frame in frames:
+            # A few bytes can ask for much: who does not read the answers is not listened to meanwhile.
+            self._outbox.wait_for_room()
             try:
                 self._take(frame)
             except Exception:
@@ -147,14 +149,20 @@ class Intake:
         entry = METHODS.get(method)
         if entry is None:
             raise errors.MethodNotFound(method)
-        if not self.initialized and not entry.before_initialize:
-            raise errors.NotInitialized()
+        if not entry.before_initialize:
+            self._check_open()
         params = requests.decode_params(raw, PARAMS_DECODERS[method].decode)
         if in_batch and not (entry.in_batch and getattr(params, "partial_result_token", UNSET) is UNSET):
             raise errors.InvalidRequest(f"{method!r} cannot be part of a batch like this. Send it by itself.")
         if method == "shutdown":
             self.shut_down = True
         return params
+
+    def _check_open(self) -> None:
+        if not self.initialized:
+            raise errors.NotInitialized()
+        if len(self.in_flight) >= jsonrpc.MAX_IN_FLIGHT:
+            raise errors.Overloaded(jsonrpc.MAX_IN_FLIGHT)
 
     def _answer(self, batch: BatchReply | None, request_id: jsonrpc.RequestId | None, outcome: Any) -> None:
         frame = jsonrpc.encode_outcome(request_id, outcome)

@@ -47,6 +47,7 @@ class Outbox:
         self._ready: deque[Stream] = deque()
         self._streams: dict[int | str, Stream] = {}
         self._unsent = 0
+        self._control_bytes = 0
         self._writing = False
         self._broken = False
         self._rest = memoryview(b"")
@@ -91,6 +92,14 @@ class Outbox:
         if mine:
             self._write_here()
 
+    def wait_for_room(self) -> None:
+        """Return once the peer has read most of its responses: who does not read them should ask no more.
+
+        Streams do not count. They have an end of their own, and the acks that they wait for must be read.
+        """
+        with self._state:
+            self._state.wait_for(lambda: self._control_bytes <= self._max_unsent or self._broken)
+
     def when_idle(self, callback: Callable[[], None]) -> None:
         """Call `callback`, on whichever thread, once all that was sent has been written or never will be."""
         with self._state:
@@ -112,6 +121,7 @@ class Outbox:
     def _put_frame(self, stream: Stream | None, frame: bytes) -> None:
         self._unsent += len(frame)
         if stream is None:
+            self._control_bytes += len(frame)
             self._control.append(frame)
         else:
             stream.response = frame
@@ -157,10 +167,14 @@ class Outbox:
                 self._end_writing()
                 return
             self._rest = rest
+        self._has_rest.set()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
-            self._thread.start()
-        self._has_rest.set()
+            try:
+                self._thread.start()
+            except RuntimeError:
+                log.exception("no thread can be started to write to a slow peer")
+                self._fail()
 
     def _run(self) -> None:
         while self._has_rest.wait():
@@ -195,6 +209,9 @@ class Outbox:
     def _next_control(self) -> bytes:
         frame = self._control.popleft()
         self._unsent -= len(frame)
+        self._control_bytes -= len(frame)
+        if self._control_bytes <= self._max_unsent < self._control_bytes + len(frame):
+            self._state.notify_all()
         return self._wrap(frame)
 
     def _next_of_a_stream(self) -> bytes:
@@ -231,7 +248,8 @@ class Outbox:
         self._control.clear()
         self._ready.clear()
         self._streams.clear()
-        self._unsent = 0
+        self._unsent = self._control_bytes = 0
+        self._state.notify_all()
 
     def _end_writing(self) -> None:
         """Nothing is left to write. Needs the lock."""

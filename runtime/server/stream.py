@@ -12,8 +12,8 @@ _FRAME_TEXT_BYTES = 256 * 1024
 _FRAME_PARTS = 16 * 1024
 """Bounds of what is merged into one frame: even with everything escaped it stays far below the limit."""
 
-_PART_BYTES = 128
-"""What a part costs in memory besides its text: a string's head, a number, and their places in lists."""
+_PART_BYTES = 320
+"""What a part of one token costs in memory besides its text: objects, a string's head, a list, a number."""
 
 
 class Stream:

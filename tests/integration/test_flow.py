@@ -1,8 +1,8 @@
 """What flows when: slow readers, windows, cancels, and what a step sends."""
 
 import json
+import threading
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,16 +15,6 @@ ENDLESS: dict[str, Any] = {"maxTokens": 10**9, "logitBias": {"3": 1000}}
 """One byte of text a token."""
 
 MORE_THAN_A_SOCKET_HOLDS = [{"id": f"stuffing {n}", "method": "rpc.discover"} for n in range(20)]
-
-
-@pytest.fixture
-def model(tiny_model: Path) -> str:
-    return str(tiny_model)
-
-
-@pytest.fixture
-def roomy(roomy_model: Path) -> str:
-    return str(roomy_model)
 
 
 @pytest.fixture
@@ -104,16 +94,41 @@ def test_who_never_reads_again_can_leave_without_a_trace(
     assert stats["requests"]["failed"] == 0
 
 
-def test_a_reader_that_floods_and_does_not_read_is_given_up_and_nobody_else(
+def test_who_asks_without_reading_is_not_read_from_and_loses_nothing(
     listening_server: Listening, reader: Guest
 ) -> None:
     limit = reader.result("server/info")["limits"]["maxUnsentBytes"]
+    answer = len(json.dumps(reader.result("rpc.discover")))
+    count = 4 * limit // answer
+    flood = lines(*({"id": n, "method": "rpc.discover"} for n in range(count)), {"method": "padding" * 10**6})
+    before = reader.result("stats")["memory"]["residentBytes"]
     with listening_server.connect() as greedy:
-        answer = len(json.dumps(reader.result("rpc.discover")))
-        flood = lines(*({"id": n, "method": "rpc.discover"} for n in range(3 * limit // answer)))
-        with pytest.raises(OSError, match=r"Broken pipe|reset"):
-            greedy.write(flood * 10)
-    assert reader.result("ping")["state"] == "ready"
+        writing = threading.Thread(target=greedy.write, args=[flood])
+        writing.start()
+        held = reader.stats_when(lambda stats: stats["memory"]["residentBytes"] > before + limit // 2)
+        assert held["memory"]["residentBytes"] < before + 3 * limit
+        assert writing.is_alive()
+        answers = [greedy.line() or b"" for _ in range(count)]
+        writing.join(60)
+        assert [int(line[:40].split(b'"id":')[1].split(b",")[0]) for line in answers] == list(range(count))
+        assert greedy.result("ping")["state"] == "ready"
+
+
+def test_more_requests_than_may_be_in_flight_are_overloaded_and_the_others_go_on(
+    listening_server: Listening, reader: Guest, roomy: str
+) -> None:
+    limit = reader.result("server/info")["limits"]["maxInFlight"]
+    with listening_server.connect() as greedy:
+        asked = [generation(f"g{n}", roomy, **ENDLESS) for n in range(limit)]
+        greedy.write(lines(*asked))
+        refusal = greedy.error("stats")
+        assert refusal["data"] == {"kind": "overloaded", "retryable": True, "maxInFlight": limit}
+        assert greedy.result("ping")["inFlight"] == limit
+        reader.stats_when(lambda stats: stats["models"][-1]["inUse"] >= limit)
+        for request in asked:
+            greedy.notify("$/cancelRequest", id=request["id"])
+        for request in asked:
+            assert greedy.response(request["id"])["result"]["finishReason"] == "cancelled"
 
 
 # Windows

@@ -255,7 +255,14 @@ def test_without_mlx_every_load_says_so_and_everything_else_is_answered(tmp_path
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--no-such-flag"], ["--listen", "a", "--pipe", "b"], ["--framing", "xml"], ["--eof-grace", "soon"]],
+    [
+        ["--no-such-flag"],
+        ["--listen", "a", "--pipe", "b"],
+        ["--framing", "xml"],
+        ["--eof-grace", "soon"],
+        ["--eof-grace", "-1"],
+        ["--eof-grace", "nan"],
+    ],
 )
 def test_wrong_arguments_exit_with_2(arguments: list[str]) -> None:
     assert run(b"", *arguments).returncode == 2
@@ -366,7 +373,7 @@ def test_shutdown_and_exit_in_one_write_are_both_obeyed(roomy_model: Path) -> No
 def test_a_process_id_that_no_process_can_have_is_a_host_that_is_gone() -> None:
     with Wire() as wire:
         wire.send("initialize", protocolVersion=1, processId=2**31 - 1)
-        wire.wait()
+        assert wire.wait() == 0
         assert b"Traceback" not in wire.stderr
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy as safetensors
 from support.tiny_model import make_tiny_model
-from support.wire import Wire
+from support.wire import Wire, lines
 
 FOREVER: dict[str, Any] = {"tokens": [1], "maxTokens": 250, "logitBias": {"3": 1000}}
 
@@ -73,6 +73,22 @@ def test_unload_waits_for_requests_and_force_ends_them(wire: Wire, tmp_path: Pat
         ended = wire.response(generate)["result"]
         assert ended["finishReason"] == "cancelled"
         assert 0 < ended["usage"]["completionTokens"] < 250
+
+
+def test_force_also_ends_what_is_still_being_tokenized(wire: Wire, roomy_model: Path) -> None:
+    model = str(roomy_model)
+    params = {"model": model, "prompt": "a b c d " * 20_000} | {"maxTokens": 10**9, "logitBias": {"3": 1000}}
+    with wire:
+        wire.initialize()
+        wire.result("load", model=model)
+        wire.write(
+            lines(
+                {"id": "g", "method": "generate", "params": params},
+                {"id": "u", "method": "unload", "params": {"model": model, "force": True}},
+            )
+        )
+        assert wire.response("g")["result"]["finishReason"] == "cancelled"
+        assert wire.response("u")["result"]["state"] == "unloaded"
 
 
 def test_two_models_answer_side_by_side(wire: Wire, tmp_path: Path) -> None:

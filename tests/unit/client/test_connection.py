@@ -2,9 +2,9 @@
 
 import anyio
 import pytest
-from support.scripted_server import ScriptedServer, talking
+from support.scripted_server import ScriptedServer, joined, talking
 
-from mlx_sidecar.client import SidecarError, SidecarRequestError
+from mlx_sidecar.client import Sidecar, SidecarDisconnected, SidecarError, SidecarRequestError
 
 pytestmark = pytest.mark.anyio
 
@@ -24,6 +24,18 @@ async def test_a_request_too_long_for_the_server_is_refused_here() -> None:
         request = await server.expect("generate")
         await server.end(request, 0)
         assert (await generation.result()).finish_reason == "stop"
+
+
+async def test_a_server_that_is_not_ours_is_told_of_no_process_to_end_with() -> None:
+    async def turn_away(server: ScriptedServer) -> None:
+        assert (await server.expect("initialize"))["params"]["processId"] is None
+        await server.hang_up()
+
+    async with joined() as (server, stream), anyio.create_task_group() as tasks:
+        tasks.start_soon(turn_away, server)
+        with pytest.raises(SidecarDisconnected):
+            async with Sidecar.over(stream):
+                pass
 
 
 async def test_a_request_that_is_cancelled_while_it_is_written_leaves_whole_lines() -> None:

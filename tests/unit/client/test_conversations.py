@@ -172,6 +172,8 @@ class Script:
             case {"error": error}:
                 assert isinstance(call.outcome, SidecarRequestError)
                 self._match(error, {name: getattr(call.outcome, name) for name in error})
+            case {"incomplete": True}:
+                assert type(call.outcome) is SidecarError
             case {"gone": True}:
                 assert isinstance(call.outcome, SidecarDisconnected)
             case {"refused": True}:

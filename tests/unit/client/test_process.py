@@ -1,5 +1,6 @@
 """The client and a process that misbehaves."""
 
+import json
 import os
 import sys
 
@@ -10,6 +11,18 @@ from support import stub_sidecar
 from mlx_sidecar.client import Sidecar, SidecarExited, SidecarNotStarted, Transport
 
 pytestmark = pytest.mark.anyio
+
+
+REPEAT = """
+import socket, sys
+said = sys.stdin
+if "--pipe" in sys.argv:
+    connected = socket.socket(socket.AF_UNIX)
+    connected.connect(sys.argv[-1])
+    said = connected.makefile()
+sys.stderr.write(said.readline())
+"""
+"""Writes the first message to stderr, and ends."""
 
 
 @pytest.fixture(params=["asyncio", "uvloop", "trio"])
@@ -57,6 +70,14 @@ async def test_a_program_that_ends_at_once_is_told_with_its_stderr(transport: Tr
         async with Sidecar.spawn([sys.executable, "-c", script], transport=transport):
             pass
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("transport", ["stdio", "pipe"])
+async def test_a_process_of_ours_is_told_whom_to_end_with(transport: Transport) -> None:
+    with pytest.raises(SidecarExited) as caught:
+        async with Sidecar.spawn([sys.executable, "-c", REPEAT], transport=transport):
+            pass
+    assert json.loads(caught.value.stderr_tail)["params"]["processId"] == os.getpid()
 
 
 async def test_a_missing_program_says_what_to_do() -> None:

@@ -89,6 +89,10 @@ def test_a_wrong_parameter_is_named_by_its_path(params: str, path: str) -> None:
     assert wrong_path("generate", params) == path
 
 
+def test_the_name_of_an_unknown_parameter_takes_no_room_in_the_answer() -> None:
+    assert wrong_path("ping", '{"' + "x" * 10_000_000 + '":1}') == "x" * 200
+
+
 def test_null_params_count_as_none() -> None:
     requests.decode_params(msgspec.Raw(b"null"), PARAMS_DECODERS["ping"].decode)
 

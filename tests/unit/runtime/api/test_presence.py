@@ -52,6 +52,7 @@ def test_initialize_says_who_we_are_what_we_can_do_and_within_what_bounds(peer: 
         "maxFrameBytes": MAX_INBOUND_FRAME_BYTES,
         "maxSentFrameBytes": MAX_OUTBOUND_FRAME_BYTES,
         "maxBatchMembers": 64,
+        "maxInFlight": 1024,
         "maxUnsentBytes": MAX_UNSENT_BYTES,
     }
     assert peer.intake.initialized

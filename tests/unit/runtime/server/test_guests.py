@@ -25,6 +25,8 @@ from mlx_sidecar.runtime.telemetry.vitals import Vitals
 
 pytestmark = pytest.mark.anyio
 
+PATIENCE_SECONDS = 10
+
 
 class Client:
     """Somebody who connects."""
@@ -71,8 +73,9 @@ class House:
         return "stats"
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        while not condition():
-            await anyio.sleep(0)
+        with anyio.fail_after(PATIENCE_SECONDS):
+            while not condition():
+                await anyio.sleep(0)
 
     async def visit(self) -> Client:
         client = Client(await anyio.connect_unix(str(self._path)))
@@ -86,7 +89,7 @@ async def house(path: Path, *, grace: float = 100, most: int = 100) -> AsyncGene
     listener = Listener.bind(path)
     immediate = PresenceApi(Vitals()).methods()
     loop, context = asyncio.get_running_loop(), contextvars.copy_context()
-    with anyio.fail_after(10):
+    with anyio.fail_after(3 * PATIENCE_SECONDS):
         async with anyio.create_task_group() as tasks:
 
             def open_connection(channel: Channel, on_event: OnEvent) -> Connection:
@@ -163,7 +166,7 @@ async def test_guests_who_have_left_are_forgotten(socket_path: Path) -> None:
             gc.collect()
             return not any(connection() for connection in it.connections)
 
-        with anyio.fail_after(10):
+        with anyio.fail_after(PATIENCE_SECONDS):
             while not forgotten():
                 await anyio.sleep(0.01)
 
