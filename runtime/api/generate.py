@@ -13,7 +13,8 @@ from mlx_sidecar.protocol.errors import ContextOverflow, InvalidParams
 
 from ..engine.sequence import Sampling, Sequence
 from ..engine.thread import InferenceThread
-from ..models.registry import LoadedModel, ModelRegistry
+from ..models.loaded import LoadedModel
+from ..models.registry import ModelRegistry
 from ..server.connection import Call
 from ..telemetry.counters import Counters
 from ..text.answer import Answer

@@ -6,7 +6,8 @@ from msgspec import UNSET, UnsetType
 from mlx_sidecar.protocol import messages as m
 from mlx_sidecar.protocol.errors import InvalidParams
 
-from ..models.registry import LoadedModel, ModelRegistry
+from ..models.loaded import LoadedModel
+from ..models.registry import ModelRegistry
 from ..server.connection import Call
 
 

@@ -6,9 +6,8 @@ The networks themselves stay on the inference thread; a name is all that crosses
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Generator
+from collections.abc import Awaitable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +19,8 @@ from mlx_sidecar.native.pages import Pages
 from mlx_sidecar.protocol import messages as m
 from mlx_sidecar.protocol.errors import BackendUnavailable, InvalidModel, InvalidParams, ModelNotLoaded
 
-from ..engine.sequence import Sequence
 from ..engine.thread import InferenceThread
+from .loaded import LoadedModel
 from .sources import find_model, weight_files
 from .store import ModelStore
 
@@ -30,58 +29,6 @@ if TYPE_CHECKING:
     from .loader import Network
 
 log = logging.getLogger("models")
-
-
-class LoadedModel:
-    """One entry: what a request needs to know of a model, and the sequences that it runs."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.state: m.ModelState = "loading"
-        self.settled = anyio.Event()
-        self.idle = anyio.Event()
-        self.sequences: set[Sequence] = set()
-        self.users = 0
-        self.forced_out = False
-        self.result: m.LoadResult | None = None
-        self._tokenizer: ModelTokenizer | None = None
-
-    @property
-    def tokenizer(self) -> "ModelTokenizer":
-        """The tokenizer; there once the model is ready."""
-        assert self._tokenizer is not None
-        return self._tokenizer
-
-    @property
-    def facts(self) -> m.LoadResult:
-        """What `load` answered; there once the model is ready."""
-        assert self.result is not None
-        return self.result
-
-    def become_ready(self, tokenizer: "ModelTokenizer", result: m.LoadResult) -> None:
-        """Open the model to requests."""
-        self._tokenizer, self.result, self.state = tokenizer, result, "ready"
-
-    @contextmanager
-    def in_use(self) -> Generator[None]:
-        """Keep the model from being unloaded while the block runs."""
-        self.users += 1
-        try:
-            yield
-        finally:
-            self.users -= 1
-            if self.users == 0:
-                self.idle.set()
-
-    def info(self) -> m.ModelInfo:
-        """Return this model's line of `models`."""
-        info = m.ModelInfo(model=self.name, state=self.state, in_use=self.users)
-        if self.result is not None:
-            info.dtype = self.result.dtype
-            info.parameters = self.result.parameters
-            info.context_length = self.result.context_length
-            info.bytes = self.result.bytes
-        return info
 
 
 class ModelRegistry:

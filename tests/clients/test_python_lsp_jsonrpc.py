@@ -7,6 +7,9 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
+
+# The library has no types.
+# pyright: reportMissingTypeStubs=false
 from pylsp_jsonrpc.endpoint import Endpoint
 from pylsp_jsonrpc.exceptions import JsonRpcException
 from pylsp_jsonrpc.streams import JsonRpcStreamReader, JsonRpcStreamWriter
