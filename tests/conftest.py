@@ -35,6 +35,18 @@ def roomy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def model(tiny_model: Path) -> str:
+    """The tiny model's name, which is its folder."""
+    return str(tiny_model)
+
+
+@pytest.fixture
+def roomy(roomy_model: Path) -> str:
+    """The roomy model's name, which is its folder."""
+    return str(roomy_model)
+
+
+@pytest.fixture
 def socket_path() -> Generator[Path]:
     """Where a socket can be made: in a private folder, on a path that is short enough."""
     folder = Path(tempfile.mkdtemp(prefix="mlx-", dir="/tmp"))

@@ -199,7 +199,8 @@ async def _initialize(peer: Peer, start_timeout: float, window_bytes: int) -> m.
     params = {
         "protocolVersion": m.PROTOCOL_VERSION,
         "clientInfo": {"name": "mlx-sidecar-python", "version": VERSION},
-        "processId": os.getpid(),
+        # A sidecar that is not ours has no reason to end with us.
+        "processId": None if peer.process_id is None else os.getpid(),
         "flowControl": {"windowBytes": window_bytes},
     }
     info: m.InitializeResult | None = None

@@ -9,11 +9,6 @@ from support.tiny_model import CONTEXT_LENGTH, make_tiny_model
 from support.wire import Wire
 
 
-@pytest.fixture
-def model(tiny_model: Path) -> str:
-    return str(tiny_model)
-
-
 def still_works(wire: Wire, model: str) -> None:
     answer = wire.result("generate", model=model, tokens=[1, 2], maxTokens=2)
     assert answer["usage"]["promptTokens"] == 2

@@ -10,11 +10,6 @@ from support.wire import Json, Wire
 from mlx_sidecar.protocol.framing import FrameReader, Framing
 
 
-@pytest.fixture
-def model(tiny_model: Path) -> str:
-    return str(tiny_model)
-
-
 def call(request_id: Any, method: str, **params: Any) -> Json:
     return {"jsonrpc": "2.0", "id": request_id, "method": method, "params": params}
 

@@ -1,13 +1,20 @@
-"""The Python client against the real server: over a socket with others, and with a process of its own."""
+"""The Python client against the real server: over a socket with others, and with a process of its own.
+
+Whatever the server says to it in here must be valid by the schema.
+"""
 
 import os
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
+from anyio.abc import ByteStream
+from support.checked_stream import CheckedStream
+from support.scripted_server import ScriptedServer, talking
 from support.tiny_model import END, make_tokenizer
 from support.wire import COMMAND, PATIENCE_SECONDS, Listening
 
@@ -20,6 +27,7 @@ from mlx_sidecar.client import (
     SyncSidecar,
     Transport,
 )
+from mlx_sidecar.client.connection import Connection
 
 pytestmark = pytest.mark.anyio
 
@@ -34,10 +42,42 @@ def anyio_backend(request: pytest.FixtureRequest) -> str | tuple[str, dict[str, 
     return ("asyncio", {"use_uvloop": True}) if request.param == "uvloop" else request.param
 
 
+@pytest.fixture(autouse=True)
+def problems(monkeypatch: pytest.MonkeyPatch) -> Generator[list[str]]:
+    """What was wrong with what servers said; a test fails if anything is left in it."""
+    found: list[str] = []
+    run = Connection.run
+
+    async def run_checked(connection: Connection, stream: ByteStream) -> None:
+        await run(connection, CheckedStream(stream, found))
+
+    monkeypatch.setattr(Connection, "run", run_checked)
+    yield found
+    assert found == []
+
+
 @pytest.fixture
 def path(listening_server: Listening) -> Path:
     """The socket of a server that has both models loaded."""
     return listening_server.path
+
+
+async def test_a_server_that_does_not_keep_to_the_schema_is_found(problems: list[str]) -> None:
+    async def answer(server: ScriptedServer, others: dict[str, Any]) -> None:
+        request = await server.expect("ping")
+        pong = {"state": "ready", "uptimeMs": 1, "inFlight": 0, "lastStepAgeMs": None}
+        await server.send({"id": request["id"], "result": pong | others})
+
+    async with talking() as (sidecar, server), anyio.create_task_group() as tasks:
+        for others in ({}, {"gossip": 1}):
+            assert problems == []
+            tasks.start_soon(answer, server, others)
+            await sidecar.ping()
+        await server.send_text("Loading 100%\n")
+    unknown, stray = problems
+    assert "'gossip' was unexpected" in unknown
+    assert "Expecting value" in stray
+    problems.clear()
 
 
 # -- over a socket --

@@ -31,16 +31,6 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 @pytest.fixture
-def model(tiny_model: Path) -> str:
-    return str(tiny_model)
-
-
-@pytest.fixture
-def roomy(roomy_model: Path) -> str:
-    return str(roomy_model)
-
-
-@pytest.fixture
 def guests(listening_server: Listening) -> Generator[list[Guest]]:
     """Two clients of the server that many tests share."""
     guests = [listening_server.connect() for _ in range(2)]

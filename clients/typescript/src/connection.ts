@@ -33,6 +33,7 @@ export class Connection implements Channel {
   readonly #pending = new Map<unknown, Pending>();
   readonly #splitter: LineSplitter;
   readonly #onBusy: (busy: boolean) => void;
+  readonly #complaints = new Set<string>();
   #nextId = 1;
   #inFlight = 0;
   #closed: Error | undefined;
@@ -138,7 +139,16 @@ export class Connection implements Channel {
       const pending = this.#take(message.id);
       if (message.error == null) pending?.resolve(message.result as never);
       else pending?.reject(new SidecarRequestError(message.error));
+    } else if (message.method === undefined && message.id === null) {
+      this.#warn(message.error?.message);
     }
+  }
+
+  /** Says, once, what the server could not make out whose it was: no request will ever be rejected with it. */
+  #warn(complaint: unknown): void {
+    if (typeof complaint !== "string" || this.#complaints.has(complaint)) return;
+    this.#complaints.add(complaint);
+    process.emitWarning(`The sidecar could not read a message: ${complaint}`, { type: "SidecarWarning" });
   }
 
   #tell(direction: WireMessage["direction"], message: unknown): void {

@@ -1,4 +1,5 @@
 import type { Request } from "./channel.js";
+import { SidecarError } from "./errors.js";
 import type { GenerateProgress, GenerateResult } from "./generated/protocol.js";
 
 export type Ask = (onProgress: (part: GenerateProgress) => void) => Request<GenerateResult>;
@@ -10,7 +11,8 @@ export type Ask = (onProgress: (part: GenerateProgress) => void) => Request<Gene
  * until some have been taken or the answer is complete.
  *
  * Leaving the loop early cancels the generation. A failure rejects the iteration, after the parts that came
- * before it, and `result`; either may be left alone.
+ * before it, and `result`; either may be left alone. An iteration that did not get every part of an answer ends
+ * with a SidecarError.
  */
 export class Generation implements AsyncIterable<GenerateProgress> {
   /** How it ended: finish reason, usage, timings. */
@@ -20,6 +22,8 @@ export class Generation implements AsyncIterable<GenerateProgress> {
   readonly #signal: AbortSignal | undefined;
   readonly #parts: GenerateProgress[] = [];
   #taken = 0;
+  /** How many parts have been taken, as the server counts them: before it merged any. */
+  #came = 0;
   #unacknowledgedBytes = 0;
   #wake: () => void = () => {};
   #ended = false;
@@ -70,7 +74,7 @@ export class Generation implements AsyncIterable<GenerateProgress> {
         else if (this.#ended) break;
         else await new Promise<void>((resolve) => (this.#wake = resolve));
       }
-      await this.result;
+      this.#checkAllCame(await this.result);
     } finally {
       this.cancel();
     }
@@ -81,6 +85,7 @@ export class Generation implements AsyncIterable<GenerateProgress> {
     const part = this.#parts[this.#taken];
     if (part === undefined) return undefined;
     this.#taken += 1;
+    this.#came += part.merged ?? 1;
     // Not `shift`, which moves all that follow, every time.
     if (this.#taken * 2 >= this.#parts.length) {
       this.#parts.splice(0, this.#taken);
@@ -92,5 +97,11 @@ export class Generation implements AsyncIterable<GenerateProgress> {
       this.#request.acknowledge(part.seq);
     }
     return part;
+  }
+
+  #checkAllCame({ lastSeq }: GenerateResult): void {
+    if (lastSeq === undefined || lastSeq === this.#came) return;
+    const lost = `Of the answer's ${lastSeq} parts ${this.#came} came: something else wrote into the connection.`;
+    throw new SidecarError(`${lost} For a \`command\` that prints there is \`transport: "pipe"\`.`);
   }
 }

@@ -5,6 +5,7 @@ import { PROTOCOL_VERSION, type InitializeResult } from "./generated/protocol.js
 import { SidecarProcess, type ProcessOptions } from "./process.js";
 import { SidecarSocket, startOverSocket } from "./socket.js";
 import { closed, within, type Transport } from "./transport.js";
+import { VERSION } from "./version.js";
 
 const START_TIMEOUT_MS = 30_000;
 const SHUTDOWN_TIMEOUT_MS = 2_000;
@@ -70,7 +71,7 @@ export class Session {
         const params = { ...greeting(transport), flowControl: { windowBytes } };
         const options = { signal: deadline.signal, background };
         const info = await connection.request("initialize", params, options).response;
-        checkVersion(info);
+        check(info);
         connection.maxFrameBytes = info.limits.maxFrameBytes;
         return new Session(transport, connection, info, windowBytes);
       } catch (error) {
@@ -98,14 +99,20 @@ export class Session {
 }
 
 function greeting(transport: Transport) {
-  const clientInfo = { name: "mlx-sidecar-typescript" };
+  const clientInfo = { name: "mlx-sidecar-typescript", version: VERSION };
   // A sidecar that serves others too has no reason to end with this process.
   const processId = transport.pid === undefined ? null : process.pid;
   return { protocolVersion: PROTOCOL_VERSION, clientInfo, processId };
 }
 
-function checkVersion(info: InitializeResult | null | undefined): void {
-  if (info?.protocolVersion === PROTOCOL_VERSION) return;
-  const versions = `version ${info?.protocolVersion} of the protocol, and this client version ${PROTOCOL_VERSION}`;
-  throw new SidecarStartError(`The sidecar speaks ${versions}. Install a client and a sidecar of one release.`);
+/** Throws if the server is one that this client cannot speak to, whatever its answer is. */
+function check(info: Partial<InitializeResult> | null | undefined): void {
+  const advice = "Install a client and a sidecar of one release.";
+  if (info?.protocolVersion !== PROTOCOL_VERSION) {
+    const versions = `version ${info?.protocolVersion} of the protocol, and this client version ${PROTOCOL_VERSION}`;
+    throw new SidecarStartError(`The sidecar speaks ${versions}. ${advice}`);
+  }
+  if (typeof info.limits?.maxFrameBytes !== "number") {
+    throw new SidecarStartError(`The sidecar does not say how long a message may be. ${advice}`);
+  }
 }

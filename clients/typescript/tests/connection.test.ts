@@ -52,7 +52,6 @@ test("lines that are not messages, and messages that mean nothing, are harmless"
     "[]",
     '[{"id": 1, "result": 1}]',
     "{}",
-    '{"id": null, "error": {"code": -32700, "message": "what?"}}',
     '{"id": "1", "result": "another id"}',
     '{"id": 99, "result": "nobody asked"}',
     '{"method": "$/progress"}',
@@ -63,6 +62,32 @@ test("lines that are not messages, and messages that mean nothing, are harmless"
   wire.input.write(`${strays.join("\n")}\n`);
   wire.say({ id: 1, result: "the answer" });
   assert.equal(await response, "the answer");
+});
+
+test("a complaint about something that no request is known for is a warning, each once", async () => {
+  const wire = new Wire();
+  const warnings: Error[] = [];
+  const keep = (warning: Error) => warnings.push(warning);
+  process.on("warning", keep);
+  const complain = (message: unknown) => wire.say({ id: null, error: { code: -32700, message } });
+  complain("The frame is not valid JSON.");
+  complain("The frame is not valid JSON.");
+  complain("The frame is too long.");
+  // None of these is a complaint.
+  for (const message of [undefined, 42]) complain(message);
+  for (const strange of [{ id: null, result: 1 }, { id: null, error: null }, { id: null, error: "x" }]) wire.say(strange);
+  wire.say({ id: null, method: "ping", error: { code: 1, message: "a request" } });
+  await wire.caughtUp();
+  // Warnings are emitted on the next tick.
+  await new Promise((resolve) => process.nextTick(resolve));
+  process.off("warning", keep);
+  assert.deepEqual(
+    warnings.map(({ name, message }) => [name, message]),
+    [
+      ["SidecarWarning", "The sidecar could not read a message: The frame is not valid JSON."],
+      ["SidecarWarning", "The sidecar could not read a message: The frame is too long."],
+    ],
+  );
 });
 
 test("a request from the other end is not mistaken for an answer", async () => {

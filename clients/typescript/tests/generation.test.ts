@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 
 import { test } from "vitest";
 
-import { SidecarExitedError, SidecarRequestError } from "../src/errors.js";
+import { SidecarError, SidecarExitedError, SidecarRequestError } from "../src/errors.js";
 import { Generation, type Ask } from "../src/generation.js";
 import type { GenerateProgress } from "../src/generated/protocol.js";
 import { Wire } from "./support/wire.js";
@@ -18,7 +18,7 @@ function generate(wire: Wire, { signal, windowBytes = 2 ** 18 }: { signal?: Abor
 
 function answer(wire: Wire, parts = ["a", "b", "c"]): void {
   for (const [index, text] of parts.entries()) wire.progress(TOKEN, index + 1, text);
-  wire.say({ id: 1, result: RESULT });
+  wire.say({ id: 1, result: { ...RESULT, lastSeq: parts.length } });
 }
 
 async function partsOf(generation: AsyncIterable<GenerateProgress>): Promise<string[]> {
@@ -45,10 +45,10 @@ test("parts come in order, those from before the loop and those that come during
   for await (const { text } of generation) {
     seen.push(text);
     if (text === "early") wire.progress(TOKEN, 2, "late");
-    if (text === "late") wire.say({ id: 1, result: RESULT });
+    if (text === "late") wire.say({ id: 1, result: { ...RESULT, lastSeq: 2 } });
   }
   assert.deepEqual(seen, ["early", "late"]);
-  assert.deepEqual(await generation.result, RESULT);
+  assert.equal((await generation.result).finishReason, "stop");
 });
 
 test("an answer that was complete before the loop began is read in full", async () => {
@@ -202,6 +202,37 @@ test("progress that comes after the end is not kept", async () => {
   assert.equal(await generation.text(), "a");
 });
 
+test("a part that was lost is noticed once the others have been read, and the result is known all the same", async () => {
+  const wire = new Wire();
+  const generation = generate(wire);
+  wire.progress(TOKEN, 1, "a");
+  wire.input.write("a library says hello");
+  wire.progress(TOKEN, 2, "b");
+  wire.progress(TOKEN, 3, "c");
+  wire.say({ id: 1, result: RESULT });
+  const seen: string[] = [];
+  const consume = async () => {
+    for await (const { text } of generation) seen.push(text);
+  };
+  await assert.rejects(consume(), (error) => {
+    assert(error instanceof SidecarError);
+    assert.equal(error.name, "SidecarError");
+    assert.match(error.message, /^Of the answer's 3 parts 2 came: something else wrote into the connection\./);
+    return true;
+  });
+  assert.deepEqual(seen, ["a", "c"]);
+  assert.deepEqual(await generation.result, RESULT);
+});
+
+test("merged parts count as many as they were", async () => {
+  const wire = new Wire();
+  const generation = generate(wire);
+  wire.progress(TOKEN, 1, "a");
+  wire.say({ method: "$/progress", params: { token: TOKEN, value: { seq: 3, text: "bc", tokens: [2, 3], merged: 2 } } });
+  wire.say({ id: 1, result: RESULT });
+  assert.equal(await generation.text(), "abc");
+});
+
 /** The acknowledgements among what the client has sent. */
 function acknowledged(wire: Wire): unknown[] {
   return wire
@@ -262,7 +293,7 @@ test("a reader that is always behind gets everything, in order", async () => {
   const seen: string[] = [];
   for await (const { text } of generation) {
     seen.push(text);
-    if (!say() && seen.length === expected.length) wire.say({ id: 1, result: RESULT });
+    if (!say() && seen.length === expected.length) wire.say({ id: 1, result: { ...RESULT, lastSeq: said } });
   }
   assert.deepEqual(seen, expected);
 });

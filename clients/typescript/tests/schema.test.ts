@@ -11,7 +11,7 @@ const INFO = {
   protocolVersion: 1,
   serverInfo: { name: "mlx-sidecar", version: "0" },
   capabilities: {},
-  limits: { maxFrameBytes: 1, maxSentFrameBytes: 1, maxBatchMembers: 1, maxUnsentBytes: 1 },
+  limits: { maxFrameBytes: 1, maxSentFrameBytes: 1, maxBatchMembers: 1, maxInFlight: 1, maxUnsentBytes: 1 },
   instanceId: "x",
 };
 

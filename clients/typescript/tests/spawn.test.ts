@@ -1,4 +1,5 @@
 import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
 
 import { test } from "vitest";
 
@@ -83,6 +84,26 @@ test("a program that only repeats what it is told is not taken for a sidecar", a
   const args = ["-e", "process.stdin.pipe(process.stdout)"];
   const spawning = Sidecar.spawn({ command: process.execPath, args, startTimeoutMs: 2_000 });
   await assert.rejects(spawning, SidecarStartError);
+});
+
+test("a server that states no limits is a start error", async () => {
+  for (const script of [`delete info.limits;`, `info.limits = null;`, `info.limits = {};`]) {
+    const message = /does not say how long a message may be/;
+    await assert.rejects(Sidecar.spawn(fakeSidecar(script)), { name: "SidecarStartError", message });
+  }
+});
+
+test("a server is told who speaks: name, version and process", async () => {
+  const packageFile = new URL("../package.json", import.meta.url);
+  const { version } = JSON.parse(readFileSync(packageFile, "utf8")) as { version: string };
+  const fake = fakeSidecar(`
+    const welcome = on.initialize;
+    on.initialize = (message) => { greeting = message.params; welcome(message); };
+    let greeting;
+    on.models = ({ id }) => say({ id, result: { models: [greeting.clientInfo, greeting.processId] } });
+  `);
+  await using sidecar = await Sidecar.spawn(fake);
+  assert.deepEqual(await sidecar.models(), [{ name: "mlx-sidecar-typescript", version }, process.pid]);
 });
 
 test("ten megabytes of log do not keep a child from answering, and only their end is kept", async () => {

@@ -22,7 +22,7 @@ const SIDECAR = `
     protocolVersion: 1,
     serverInfo: { name: "fake", version: "0" },
     capabilities: {},
-    limits: { maxFrameBytes: 2 ** 26, maxSentFrameBytes: 2 ** 24, maxBatchMembers: 64, maxUnsentBytes: 2 ** 23 },
+    limits: { maxFrameBytes: 2 ** 26, maxSentFrameBytes: 2 ** 24, maxBatchMembers: 64, maxInFlight: 1024, maxUnsentBytes: 2 ** 23 },
     instanceId: "fake",
   };
   const on = {

@@ -6,6 +6,7 @@ import { PassThrough, type Readable } from "node:stream";
 
 import { SidecarClient } from "../../src/client.js";
 import {
+  SidecarError,
   SidecarExitedError,
   SidecarRequestError,
   SidecarStartError,
@@ -35,6 +36,7 @@ interface Expected {
   texts?: string[];
   result?: unknown;
   error?: { kind: string; data?: unknown };
+  incomplete?: true;
   gone?: true;
   refused?: true;
   abandoned?: true;
@@ -119,7 +121,10 @@ export class Script {
   async outcome({ of, texts, ...expected }: Expected): Promise<void> {
     const call = this.#call(of);
     const { result, error } = await call.settled;
-    if (expected.gone) assert(error instanceof SidecarExitedError, String(error));
+    if (expected.incomplete) {
+      assert(error instanceof SidecarError, String(error));
+      assert.equal(error.name, "SidecarError");
+    } else if (expected.gone) assert(error instanceof SidecarExitedError, String(error));
     else if (expected.refused) assert(error instanceof SidecarStartError, String(error));
     else if (expected.abandoned) assert.equal(error, call.controller);
     else if (expected.error === undefined) this.#compare(expected.result, result, error);
