@@ -43,7 +43,7 @@ check: $(DONE)/install $(DONE)/node_modules ## ruff, pyright, tsc, clang-format
 	$(call say,"Static checks")
 	@$(BIN)/ruff format --check --quiet . || { echo "run: make format"; exit 1; }
 	@$(BIN)/ruff check --quiet .
-	@$(BIN)/clang-format --dry-run --Werror native/src/*.cpp native/include/mlx_sidecar/*.hpp
+	@$(BIN)/clang-format --dry-run --Werror native/src/*.cpp native/include/mlx_sidecar/*.hpp tests/unit/native/*.cpp
 	@$(BIN)/pyright --warnings
 	@cd $(TS) && node scripts/generate.mjs --check
 	@cd $(TS) && npx --no-install tsc
@@ -59,13 +59,14 @@ generate: $(DONE)/install $(DONE)/node_modules ## write what is made from the pr
 format: $(DONE)/install ## rewrite the code in the house style
 	@$(BIN)/ruff check --quiet --fix . || true
 	@$(BIN)/ruff format --quiet .
-	@$(BIN)/clang-format -i native/src/*.cpp native/include/mlx_sidecar/*.hpp
+	@$(BIN)/clang-format -i native/src/*.cpp native/include/mlx_sidecar/*.hpp tests/unit/native/*.cpp
 
 .PHONY: bench
 bench: $(DONE)/install $(DONE)/typescript $(DONE)/clients $(DONE)/model ## measure; results go to benchmarks/results
 	@$(BIN)/python benchmarks/startup.py
 	@$(BIN)/python benchmarks/single_stream.py
 	@$(BIN)/python benchmarks/blas.py
+	@$(BIN)/python benchmarks/ping.py
 	@$(BIN)/python benchmarks/wire.py
 
 .PHONY: clean
