@@ -1,7 +1,7 @@
 """The native module: one extension for Python, one plain library that the dynamic linker binds MLX to."""
 
 import sys
-from glob import glob
+from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import Extension, setup
@@ -12,7 +12,7 @@ modules = [
         "mlx_sidecar.native._core",
         sources=[f"native/src/{name}.cpp" for name in ("module", "pages", "ping", "pulse", "writer")],
         include_dirs=["native/include"],
-        depends=glob("native/include/*/*.hpp"),
+        depends=[str(header) for header in Path("native/include").glob("*/*.hpp")],
         cxx_std=17,
         extra_compile_args=["-pthread", "-Wall", "-Wextra", "-Werror"],
         extra_link_args=["-pthread"],

@@ -25,6 +25,7 @@ from .engine.sequence import Emission
 from .engine.thread import InferenceThread
 from .models.registry import ModelRegistry
 from .models.store import ModelStore
+from .pool import Pool
 from .server.channel import Channel
 from .server.connection import Connection, Handler, OnEvent
 from .server.exit_codes import UNAVAILABLE
@@ -157,7 +158,7 @@ class App:
         return [*guests, *([self._host] if self._host is not None else [])]
 
     def _build(self, blas: Blas, pages: Pages, counters: Counters) -> dict[str, Handler]:
-        pool = anyio.CapacityLimiter(self._settings.tokenizer_threads)
+        pool = Pool(self._settings.tokenizer_threads)
         store = ModelStore(self._settings.home)
         registry = ModelRegistry(self.engine, store, pages, pool, self._settings)
         models = ModelsApi(registry)

@@ -38,11 +38,12 @@ def serve(settings: Settings, endpoint: Endpoint) -> NoReturn:
     """Serve until there is a reason to end, and end the process with its exit code."""
     # First of all: whatever an import prints must not reach the wire.
     wire = claim_stdio()
+    # Until the event loop listens for it: an exception in the middle of an import could leave half a library.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)  # None if it was closed when we were started.
     exit_code = exit_codes.INTERNAL_ERROR
     try:
         exit_code = _serve(settings, endpoint, wire)
-    except KeyboardInterrupt:  # Before the event loop listens for it.
-        exit_code = 128 + signal.SIGINT
     except BaseException as error:
         import traceback
 
@@ -51,6 +52,10 @@ def serve(settings: Settings, endpoint: Endpoint) -> NoReturn:
             exit_code = exit_codes.OUT_OF_MEMORY
     # Not sys.exit: with native threads in the process the interpreter's teardown is a place to crash, and
     # everything that must be written has been.
+    if "mlx_sidecar.runtime.telemetry.logs" in sys.modules:
+        from .telemetry.logs import finish_log
+
+        finish_log()
     sys.stderr.flush()
     os._exit(exit_code)
 

@@ -5,7 +5,6 @@ import time
 from collections.abc import Awaitable
 
 import anyio
-from anyio import CapacityLimiter, to_thread
 from msgspec import UNSET, UnsetType
 
 from mlx_sidecar.protocol import messages as m
@@ -15,6 +14,7 @@ from ..engine.sequence import Sampling, Sequence
 from ..engine.thread import InferenceThread
 from ..models.loaded import LoadedModel
 from ..models.registry import ModelRegistry
+from ..pool import Pool
 from ..server.connection import Call
 from ..telemetry.counters import Counters
 from ..text.answer import Answer
@@ -26,7 +26,7 @@ class GenerateApi:
     """From a request to a sequence, and from its end to a result."""
 
     def __init__(
-        self, registry: ModelRegistry, engine: InferenceThread, pool: CapacityLimiter, counters: Counters
+        self, registry: ModelRegistry, engine: InferenceThread, pool: Pool, counters: Counters
     ) -> None:
         self._registry = registry
         self._engine = engine
@@ -73,9 +73,7 @@ class GenerateApi:
             prompt = params.tokens
             check_ids(prompt, model)
         else:
-            prompt = await to_thread.run_sync(
-                encode, model, params.messages, params.prompt, limiter=self._pool, abandon_on_cancel=True
-            )
+            prompt = await self._pool.run(encode, model, params.messages, params.prompt)
         if not prompt:
             given = next(
                 name for name in ("tokens", "messages", "prompt") if getattr(params, name) is not UNSET

@@ -51,7 +51,7 @@ class Generation:
             return
         try:
             self._take(emission)
-        except Exception:
+        except BaseException:  # A panic in Rust is no Exception.
             log.exception("an answer could not be turned into text")
             self._cancel(emission.sequence)
             self._end("failed")

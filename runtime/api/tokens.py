@@ -1,6 +1,5 @@
 """tokenize, detokenize, and the ids of a prompt."""
 
-from anyio import CapacityLimiter, to_thread
 from msgspec import UNSET, UnsetType
 
 from mlx_sidecar.protocol import messages as m
@@ -8,13 +7,14 @@ from mlx_sidecar.protocol.errors import InvalidParams
 
 from ..models.loaded import LoadedModel
 from ..models.registry import ModelRegistry
+from ..pool import Pool
 from ..server.connection import Call
 
 
 class TokensApi:
     """Text to ids and back, off the event loop."""
 
-    def __init__(self, registry: ModelRegistry, pool: CapacityLimiter) -> None:
+    def __init__(self, registry: ModelRegistry, pool: Pool) -> None:
         self._registry = registry
         self._pool = pool
 
@@ -23,14 +23,8 @@ class TokensApi:
         only_one("text", {"text": params.text, "messages": params.messages})
         model = await self._registry.ready(params.model)
         with model.in_use():
-            tokens = await to_thread.run_sync(
-                encode,
-                model,
-                params.messages,
-                params.text,
-                params.add_special_tokens,
-                limiter=self._pool,
-                abandon_on_cancel=True,
+            tokens = await self._pool.run(
+                encode, model, params.messages, params.text, params.add_special_tokens
             )
         return m.TokenizeResult(tokens=tokens)
 
@@ -39,10 +33,8 @@ class TokensApi:
         model = await self._registry.ready(params.model)
         check_ids(params.tokens, model)
         with model.in_use():
-            text = await to_thread.run_sync(
-                lambda: model.tokenizer.decode(params.tokens, skip_special_tokens=params.skip_special_tokens),
-                limiter=self._pool,
-                abandon_on_cancel=True,
+            text = await self._pool.run(
+                lambda: model.tokenizer.decode(params.tokens, skip_special_tokens=params.skip_special_tokens)
             )
         return m.DetokenizeResult(text=text)
 

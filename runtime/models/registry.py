@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
-from anyio import CapacityLimiter, to_thread
 
 from mlx_sidecar.config.settings import Settings
 from mlx_sidecar.native.pages import Pages
@@ -20,6 +19,7 @@ from mlx_sidecar.protocol import messages as m
 from mlx_sidecar.protocol.errors import BackendUnavailable, InvalidModel, InvalidParams, ModelNotLoaded
 
 from ..engine.thread import InferenceThread
+from ..pool import Pool
 from .loaded import LoadedModel
 from .sources import find_model, weight_files
 from .store import ModelStore
@@ -39,7 +39,7 @@ class ModelRegistry:
         engine: InferenceThread,
         store: ModelStore,
         pages: Pages,
-        pool: CapacityLimiter,
+        pool: Pool,
         settings: Settings,
     ) -> None:
         self._engine = engine
@@ -134,8 +134,11 @@ class ModelRegistry:
         except (ImportError, OSError, RuntimeError):
             raise BackendUnavailable() from None
         waited_ms = (time.monotonic() - began) * 1000
-        folder = await to_thread.run_sync(find_model, model.name, self._store, limiter=self._pool)
-        pages = await to_thread.run_sync(self._pages.of_files, weight_files(folder), limiter=self._pool)
+        try:
+            folder = await self._pool.run(find_model, model.name, self._store)
+            pages = await self._pool.run(self._pages.of_files, weight_files(folder))
+        except OSError as error:
+            raise InvalidModel(model.name, "its files went away while they were read") from error
         work = self._engine.run(lambda: self._load_network(model.name, folder, params.dtype, device.kind))
         try:
             tokenizer = await self._load_tokenizer(model.name, folder)
@@ -156,9 +159,11 @@ class ModelRegistry:
 
     async def _load_tokenizer(self, name: str, folder: Path) -> "ModelTokenizer":
         try:
-            return await to_thread.run_sync(_read_tokenizer, folder, limiter=self._pool)
+            return await self._pool.run(_read_tokenizer, folder)
         except ValueError as error:
             raise InvalidModel(name, str(error)) from error
+        except OSError as error:
+            raise InvalidModel(name, "its files went away while they were read") from error
 
     def _discard(self, name: str) -> Future[None]:
         return self._engine.run(lambda: self._engine.detach(name))

@@ -162,7 +162,9 @@ class Connection:
         outcome: Any = errors.RequestCancelled()
         try:
             outcome = await call.run(work)
-        except Exception as error:
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # A panic in Rust is no Exception.
             outcome = as_sidecar_error(call.method, error)
         finally:
             # Also when the whole process is being torn down: every request is answered.

@@ -67,7 +67,12 @@ class Guests:
             log.warning("a client was turned away: %d are connected", self._max)
             client.close()
             return
-        self.present.add(self._open_connection(Channel.over(client), self._on_event))
+        channel = Channel.over(client)
+        try:
+            self.present.add(self._open_connection(channel, self._on_event))
+        except (OSError, RuntimeError) as error:  # No descriptor or no thread is left.
+            log.warning("a client was turned away: %s", error)
+            channel.release()
 
     def _on_event(self, guest: Connection, event: PeerEvent) -> None:
         if guest not in self.present:

@@ -175,7 +175,7 @@ class Intake:
         self._answer(None, request_id, error)
 
 
-def as_sidecar_error(method: str, error: Exception) -> errors.SidecarError:
+def as_sidecar_error(method: str, error: BaseException) -> errors.SidecarError:
     """Return what the client is told of `error`; the log has the rest."""
     if isinstance(error, errors.SidecarError):
         return error

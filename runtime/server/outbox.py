@@ -225,7 +225,8 @@ class Outbox:
             frame = self._wrap(jsonrpc.encode_notification("$/progress", value))
         if (response := stream.ended()) is not None:
             self._unsent -= len(response)
-            self._streams.pop(stream.token, None)
+            if self._streams.get(stream.token) is stream:
+                del self._streams[stream.token]
             return frame + self._wrap(response)
         self._queue(stream)
         return frame

@@ -40,6 +40,10 @@ def explained(what: str) -> Generator[None]:
 def check_length(path: Path) -> None:
     """Raise SocketError if the system cannot hold `path` in a socket's address."""
     length = len(os.fsencode(path))
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise SocketError(f"The path of a socket must be UTF-8, to be said in JSON; {path} is not.") from None
     if length > _MAX_PATH_BYTES:
         raise SocketError(
             f"The path of a socket may have {_MAX_PATH_BYTES} bytes on this system; this one has {length}. "

@@ -30,6 +30,9 @@ class ModelTokenizer:
         """
         config = _read_json(folder / "tokenizer_config.json")
         self._tokenizer = _load(folder)
+        # Remains of training in some tokenizer.json: they would cut or pad every prompt in silence.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._template = _template(folder, config)
         self._bos = _content(config.get("bos_token"))
         self._bytes = byte_tokens(self._tokenizer)
@@ -118,7 +121,7 @@ def _eos_ids(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> froz
 def _content(token: Any) -> str | None:
     """Return the text of a special token, which older folders write as an object."""
     if isinstance(token, dict):
-        return cast(dict[str, str], token).get("content")
+        token = cast(dict[str, Any], token).get("content")
     return token if isinstance(token, str) else None
 
 

@@ -1,30 +1,41 @@
-import io
 import json
 import logging
-import sys
+import os
 from collections.abc import Callable, Generator
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import pytest
 
 from mlx_sidecar.config.settings import LogFormat, LogLevel
-from mlx_sidecar.runtime.telemetry.logs import start_log
+from mlx_sidecar.runtime.telemetry.logs import finish_log, start_log
 
-Start = Callable[[LogLevel, LogFormat], io.StringIO]
+
+class Log:
+    """What was logged so far."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def getvalue(self) -> str:
+        finish_log()
+        return self._path.read_text()
+
+
+Start = Callable[[LogLevel, LogFormat], Log]
 
 
 @pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Generator[Start]:
-    """Start a log of one's own in place of pytest's; returns what goes to stderr."""
+def start(tmp_path: Path) -> Generator[Start]:
+    """Start a log of one's own in place of pytest's; returns what is written."""
     root = logging.getLogger()
     before = root.level
 
-    def begin(level: LogLevel, layout: LogFormat) -> io.StringIO:
+    def begin(level: LogLevel, layout: LogFormat) -> Log:
         root.handlers.clear()
-        stderr = io.StringIO()
-        monkeypatch.setattr(sys, "stderr", stderr)
-        start_log(level, layout)
-        return stderr
+        path = tmp_path / "log"
+        start_log(level, layout, os.open(path, os.O_WRONLY | os.O_CREAT))
+        return Log(path)
 
     yield begin
     root.handlers.clear()
