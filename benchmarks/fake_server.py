@@ -1,14 +1,16 @@
+# pyright: reportPrivateUsage=false
 """The real sidecar with a network that computes nothing: what is left is what everything around it costs.
 
     .venv/bin/python benchmarks/fake_server.py serve [OPTIONS]
 
-Every step gives each sequence one token. By default the next step begins when the event loop has dealt with
-the last one; with TOKENS_PER_SECOND in the environment each stream gets that many.
+Every step gives each sequence one token. By default the next step begins when the event loop has dealt
+with the last one; with TOKENS_PER_SECOND in the environment each stream gets that many.
 """
 
 import os
 import threading
 import time
+from typing import Any
 
 from mlx_sidecar.protocol import messages as m
 from mlx_sidecar.runtime import cli
@@ -27,28 +29,18 @@ class FakeBatch:
         self._step_seconds = 1 / float(pace) if pace else None
         self._next_step_at = 0.0
         self._rows: dict[Sequence, int] = {}
-        self._taken = threading.Event()
-        self._taken.set()
+        self._ahead = threading.Semaphore(1)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def add(self, sequence: Sequence) -> None:
-        """Take a sequence in; the last of a step tells when the step has been dealt with."""
-        on_emission = sequence.on_emission
-
-        def note(emission: Emission) -> None:
-            on_emission(emission)
-            if next(reversed(self._rows), sequence) is sequence:
-                self._taken.set()
-
-        sequence.on_emission = note
+        """Take a sequence in."""
         sequence.started_at = sequence.first_token_at = time.monotonic()
         self._rows[sequence] = 0
 
     def remove(self, sequence: Sequence) -> bool:
         """Drop a sequence."""
-        self._taken.set()
         return self._rows.pop(sequence, None) is not None
 
     def step(self) -> list[Emission]:
@@ -71,10 +63,13 @@ class FakeBatch:
         self._rows.clear()
         return left
 
+    def taken(self) -> None:
+        """Say that the event loop has dealt with a step."""
+        self._ahead.release()
+
     def _wait(self) -> None:
         if self._step_seconds is None:
-            self._taken.wait(1.0)
-            self._taken.clear()
+            self._ahead.acquire()
             return
         now = time.monotonic()
         self._next_step_at = max(self._next_step_at + self._step_seconds, now)
@@ -83,7 +78,15 @@ class FakeBatch:
 
 def load_nothing(self: registry.ModelRegistry, name: str, *_: object) -> m.LoadResult:
     """Stand in for the loading of a network; the tokenizer is the model's own."""
-    self._engine.attach(name, FakeBatch())  # pyright: ignore[reportPrivateUsage]
+    engine, batch = self._engine, FakeBatch()
+    engine.attach(name, batch)
+    app: Any = engine._deliver.__self__  # pyright: ignore[reportFunctionMemberAccess]
+
+    def deliver(emissions: list[Emission]) -> None:
+        app._deliver(emissions)
+        app._post(batch.taken)
+
+    engine._deliver = deliver
     return m.LoadResult(
         model=name,
         state="ready",
@@ -98,5 +101,5 @@ def load_nothing(self: registry.ModelRegistry, name: str, *_: object) -> m.LoadR
 
 
 if __name__ == "__main__":
-    registry.ModelRegistry._load_network = load_nothing  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    registry.ModelRegistry._load_network = load_nothing  # pyright: ignore[reportAttributeAccessIssue]
     cli.main()
