@@ -55,7 +55,8 @@ sys.addaudithook(watch)
 threading.Thread(target=go_on, daemon=True).start()
 """
 WAYS = {"print", "write", "system", "puts", "child"}
-NOISE = re.compile(r"noise (\w+) (\d+) (\w+)\n")
+# Whoever else writes to stderr may come between a text and its line end.
+NOISE = re.compile(r"noise (\w+) (\d+) (import|whenever)")
 
 
 def noise(wire: Wire, phase: str = "") -> dict[str, list[int]]:

@@ -5,7 +5,7 @@ import json
 import socket
 import weakref
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,8 @@ async def house(path: Path, *, grace: float = 100, most: int = 100) -> AsyncGene
                 return connection
 
             def post(callback: Callable[..., None], *args: Any) -> None:
-                loop.call_soon_threadsafe(callback, *args, context=context)
+                with suppress(RuntimeError):  # A reader may notice something when the loop has been closed.
+                    loop.call_soon_threadsafe(callback, *args, context=context)
 
             guests = Guests(listener, open_connection, post, tasks, grace_seconds=grace, max_connections=most)
             it = House(path, guests)
