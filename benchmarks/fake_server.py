@@ -3,13 +3,16 @@
 
     .venv/bin/python benchmarks/fake_server.py serve [OPTIONS]
 
-Every step gives each sequence one token. By default the next step begins when the event loop has dealt
-with the last one; with TOKENS_PER_SECOND in the environment each stream gets that many.
+Every step gives each sequence one token. By default the next step begins when the event loop takes the last
+one; with STEPS_AHEAD in the environment that many may wait for it; with TOKENS_PER_SECOND each stream gets
+that many.
 """
 
 import os
 import threading
 import time
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from mlx_sidecar.protocol import messages as m
@@ -29,7 +32,7 @@ class FakeBatch:
         self._step_seconds = 1 / float(pace) if pace else None
         self._next_step_at = 0.0
         self._rows: dict[Sequence, int] = {}
-        self._ahead = threading.Semaphore(1)
+        self._ahead = threading.Semaphore(int(os.environ.get("STEPS_AHEAD", "1")))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -64,7 +67,7 @@ class FakeBatch:
         return left
 
     def taken(self) -> None:
-        """Say that the event loop has dealt with a step."""
+        """Say that the event loop has taken a step."""
         self._ahead.release()
 
     def _wait(self) -> None:
@@ -76,17 +79,25 @@ class FakeBatch:
         time.sleep(self._next_step_at - now)
 
 
+class Steps(deque[list[Emission]]):
+    """The steps that wait for the event loop, which tell when it takes one."""
+
+    def __init__(self, taken: Callable[[], None]) -> None:
+        super().__init__()
+        self._taken = taken
+
+    def popleft(self) -> list[Emission]:
+        """Take the oldest step."""
+        self._taken()
+        return super().popleft()
+
+
 def load_nothing(self: registry.ModelRegistry, name: str, *_: object) -> m.LoadResult:
     """Stand in for the loading of a network; the tokenizer is the model's own."""
     engine, batch = self._engine, FakeBatch()
     engine.attach(name, batch)
     app: Any = engine._deliver.__self__  # pyright: ignore[reportFunctionMemberAccess]
-
-    def deliver(emissions: list[Emission]) -> None:
-        app._deliver(emissions)
-        app._post(batch.taken)
-
-    engine._deliver = deliver
+    app._delivered = Steps(batch.taken)
     return m.LoadResult(
         model=name,
         state="ready",

@@ -34,17 +34,20 @@ STOPPED_STREAMS = 16
 def measure_throughput(rounds: int) -> dict[str, list[float]]:
     """Return frames a second and processor time by client and number of streams."""
     figures: dict[str, list[float]] = {}
-    for client, streams, tokens in (
-        ("ours", 1, 30_000),
-        ("ours", 8, 10_000),
-        ("ours", 64, 2_000),
-        ("vscode", 64, 500),
+    for client, streams, tokens, ahead in (
+        ("ours", 1, 30_000, 1),
+        ("ours", 8, 10_000, 1),
+        ("ours", 64, 2_000, 1),
+        ("vscode", 64, 500, 1),
+        ("ours", 1, 60_000, 64),
+        ("ours", 8, 20_000, 64),
+        ("ours", 64, 4_000, 64),
     ):
         # The first round compiles and connects; it is not counted.
-        lines = _node(
-            "throughput", client, *FAKE_SERVER, str(streams), str(tokens), str(rounds + 1), environment={}
-        )[1:]
-        name = f"{client}, {streams} streams"
+        numbers = (str(streams), str(tokens), str(rounds + 1))
+        steps = {"STEPS_AHEAD": str(ahead)}
+        lines = _node("throughput", client, *FAKE_SERVER, *numbers, environment=steps)[1:]
+        name = f"{client}, {streams} streams" + (f", up to {ahead} steps ahead" if ahead > 1 else "")
         figures[f"{name}: frames/s"] = [line["frames"] for line in lines]
         figures[f"{name}: tokens/s"] = [line["tokens"] for line in lines]
         figures[f"{name}: CPU us/token"] = [line["cpuMicroseconds"] for line in lines]

@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -91,6 +92,8 @@ class App:
         self._host: Connection | None = None
         self._guests: Guests | None = None
         self._over = False
+        self._delivered: deque[list[Emission]] = deque()
+        self._awakened = False
         blas, pages, counters = Blas(), Pages(), Counters()
         self.engine = InferenceThread(self._deliver, self._on_engine_death, blas, vitals)
         self._handlers = self._build(blas, pages, counters)
@@ -175,7 +178,21 @@ class App:
         }
 
     def _deliver(self, emissions: list[Emission]) -> None:
-        self._post(_hand_over, emissions)
+        """Take a step's emissions, on the inference thread.
+
+        Waking the event loop costs more than a token: a step that comes before it has woken wakes it no more.
+        """
+        self._delivered.append(emissions)
+        if not self._awakened:
+            self._awakened = True
+            self._post(self._hand_over)
+
+    def _hand_over(self) -> None:
+        # Before the look at what is there: a step that comes behind it wakes us again.
+        self._awakened = False
+        for _ in range(len(self._delivered)):
+            for emission in self._delivered.popleft():
+                emission.sequence.on_emission(emission)
 
     def _on_engine_death(self, error: BaseException) -> None:
         self._post(self._lifecycle.end, engine_died(error))
@@ -218,8 +235,3 @@ class App:
             race.start_soon(stop_on_hurry)
             await connection.settled()
             race.cancel_scope.cancel()
-
-
-def _hand_over(emissions: list[Emission]) -> None:
-    for emission in emissions:
-        emission.sequence.on_emission(emission)

@@ -27,6 +27,9 @@ Deliver = Callable[[list[Emission]], None]
 
 log = logging.getLogger("engine")
 
+_MEMORY_SECONDS = 0.1
+"""How old the figures of MLX's allocator may be while there is work."""
+
 
 class InferenceThread:
     """Runs batches of sequences, round-robin over models, and hands each step's emissions to `deliver`.
@@ -51,6 +54,7 @@ class InferenceThread:
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self.steps = 0
         self.memory = MemoryUse()
+        self._memory_noted_at = 0.0
 
     def start(self) -> None:
         """Begin importing MLX; idempotent."""
@@ -159,13 +163,10 @@ class InferenceThread:
                 self._step(model, batch)
 
     def _obey(self, *, wait: bool) -> None:
-        try:
-            command = self._commands.get(block=wait)
-            while True:
-                self._obey_one(command)
-                command = self._commands.get_nowait()
-        except queue.Empty:
-            pass
+        # This thread alone takes out, so what is not empty cannot become so.
+        while wait or not self._commands.empty():
+            self._obey_one(self._commands.get())
+            wait = False
 
     def _obey_one(self, command: Callable[[], None]) -> None:
         try:
@@ -184,8 +185,9 @@ class InferenceThread:
             self._end(batch.reset(), "failed")
             return
         self.steps += 1
-        self._vitals.last_step_at = time.monotonic()
-        self._note_memory()
+        self._vitals.last_step_at = now = time.monotonic()
+        if now >= self._memory_noted_at + _MEMORY_SECONDS:
+            self._note_memory()
         self._unfinished.difference_update(emission.sequence for emission in emissions if emission.finish)
         if emissions:
             self._deliver(emissions)
@@ -219,6 +221,7 @@ class InferenceThread:
         import mlx.core as mx
 
         self.memory = MemoryUse(mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory())
+        self._memory_noted_at = time.monotonic()
 
 
 def _clear_streams() -> None:
