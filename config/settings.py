@@ -29,11 +29,23 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_connections: int = 256
     """Clients of a listening server at a time. Each has a thread that reads; a slow one, one that writes."""
 
-    max_sequences: int = 32
-    """Sequences decoded together; more wait in line. Beyond this a step gets slower for everybody."""
+    max_sequences: int = 64
+    """Sequences of a model decoded together; more wait in line, as each makes a step slower for everybody."""
 
-    prefill_chunk_tokens: int = 512
-    """Prompt tokens processed between two decode steps: the longest pause of a running stream."""
+    max_waiting: int = 1024
+    """Requests in the engine's line; one more is answered `overloaded`, with the time to try again."""
+
+    ageing_seconds: float = 10.0
+    """A priority that is passed over for so long rises by one class, so that nothing waits for ever."""
+
+    memory_budget_bytes: int | None = None
+    """What weights and caches may take together; None is nine tenths of what the device has."""
+
+    stall_seconds: float = 120.0
+    """A step that takes longer is a standstill: every request fails, and the process ends to be restarted."""
+
+    prefill_chunk_tokens: int = 2048
+    """Prompt tokens processed at once while nothing decodes; beside running streams fewer, for their pace."""
 
     prefill_chunk_tokens_cpu: int = 128
     """The same on a CPU, where larger chunks are no faster and 128 tokens already take half a second."""

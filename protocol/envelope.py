@@ -93,6 +93,14 @@ def _error(kinds: list[str]) -> list[Json]:
                 "maxUnsentBytes": {"description": "Of `slow_consumer`.", "type": "integer"},
                 "maxSentFrameBytes": {"description": "Of `response_too_large`.", "type": "integer"},
                 "maxInFlight": {"description": "Of `overloaded`.", "type": "integer"},
+                "retryAfterMs": {"description": "Of `overloaded`: try again then.", "type": "integer"},
+                "deadlineMs": {"description": "Of `deadline_exceeded`.", "type": "integer"},
+                "neverStarted": {
+                    "description": "Of `deadline_exceeded`: no time of the engine was spent on it.",
+                    "type": "boolean",
+                },
+                "neededBytes": {"description": "Of `out_of_memory`.", "type": "integer"},
+                "availableBytes": {"description": "Of `out_of_memory`.", "type": "integer"},
             },
         ),
     ]

@@ -18,7 +18,11 @@
     |-- BackendUnavailable       1006   MLX cannot run on this machine
     |-- SlowConsumer             1007   the client does not read its stream
     |-- ResponseTooLarge         1008   the answer would be longer than a frame may be
-    `-- Overloaded               1009   more is asked at once than will be taken
+    |-- Overloaded               1009   more is asked at once than will be taken
+    |-- DeadlineExceeded         1010   its `deadlineMs` passed first, or would have
+    |-- OutOfMemory              1011   it could never fit into the memory there is
+    |-- GenerationFailed         1012   one answer cannot go on; its neighbours do
+    `-- EngineFailed             1013   no answer can go on; the process ends
 
 Codes follow JSON-RPC 2.0 and LSP where those define one; application errors are positive. A message says
 what happened, whose fault it is and what to do. It never contains text of a library or a path of the
@@ -232,12 +236,70 @@ class ResponseTooLarge(SidecarError):
 
 
 class Overloaded(SidecarError):
-    """As many requests of this connection as may be are in flight. Wait for an answer, then send it again."""
+    """Too many requests wait: this connection's (`maxInFlight`) or everybody's (`retryAfterMs`)."""
 
     code, kind, retryable = 1009, "overloaded", True
 
-    def __init__(self, max_in_flight: int) -> None:
+    def __init__(self, max_in_flight: int | None = None, *, retry_after_ms: int | None = None) -> None:
+        if retry_after_ms is None:
+            super().__init__(
+                f"{max_in_flight} requests of this connection are in flight. Wait until one has been "
+                "answered.",
+                maxInFlight=max_in_flight,
+            )
+        else:
+            super().__init__(
+                "As many requests as may be are waiting for the engine. Send this one again in "
+                f"{retry_after_ms} ms.",
+                retryAfterMs=retry_after_ms,
+            )
+
+
+class DeadlineExceeded(SidecarError):
+    """The answer was not complete `deadlineMs` after the request came, or could not have been."""
+
+    code, kind = 1010, "deadline_exceeded"
+
+    def __init__(self, deadline_ms: int, *, never_started: bool) -> None:
+        how = "cannot begin" if never_started else "was not complete"
         super().__init__(
-            f"{max_in_flight} requests of this connection are in flight. Wait until one has been answered.",
-            maxInFlight=max_in_flight,
+            f"The answer {how} within {deadline_ms} ms. Allow more time, ask for less, or for a higher "
+            "priority.",
+            deadlineMs=deadline_ms,
+            neverStarted=never_started,
+        )
+
+
+class OutOfMemory(SidecarError):
+    """The request can never fit beside the models in memory. Ask for less, or unload a model."""
+
+    code, kind = 1011, "out_of_memory"
+
+    def __init__(self, needed_bytes: int, available_bytes: int) -> None:
+        super().__init__(
+            f"At its full length this request needs {needed_bytes} bytes of memory; beside the models there "
+            f"are {available_bytes}. Shorten the prompt, lower maxTokens, or unload a model.",
+            neededBytes=needed_bytes,
+            availableBytes=available_bytes,
+        )
+
+
+class GenerationFailed(SidecarError):
+    """This answer cannot go on, and would fail again; the message says why. Its neighbours go on."""
+
+    code, kind = 1012, "generation_failed"
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(f"The answer cannot go on: {problem}. {remedy}.")
+
+
+class EngineFailed(SidecarError):
+    """The device failed or stands still. The sidecar ends; send the request to the next one."""
+
+    code, kind, retryable = 1013, "engine_failed", True
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The device failed, or has stood still for too long, and nothing can be generated any more. The "
+            "sidecar ends now; start it again and send the request once more."
         )

@@ -101,4 +101,24 @@ id that is not in flight is ignored.
 **Pacing.** A client that hands parts on to something slower sends `flowControl` with `windowBytes` in
 `initialize`, and `$/streamAck` with the `seq` that it has dealt with. Of each stream about that much text is
 under way unconfirmed; what comes meanwhile is merged. A `seq` confirms everything up to it, so a lost
-confirmation is made good by the next. The end does not wait: all that is left comes, then the response."""
+confirmation is made good by the next. The end does not wait: all that is left comes, then the response.
+
+## Many requests at once
+
+Requests run together as far as memory allows: one is let in when its prompt and its longest answer have room.
+The others wait in line.
+
+- The higher `priority` goes first; within it connections take turns by what they have received. Whoever is
+  passed over for long rises, so nobody waits for ever.
+- The line is bounded: one request too many gets `overloaded`, with `retryAfterMs`. One that could never have
+  room gets `out_of_memory`.
+- `deadlineMs` covers everything from a request's arrival: waiting for a `load`, tokenizing, the line, and the
+  answer to its end. When it has passed the request ends with `deadline_exceeded`, behind the parts that
+  came before. It is refused at once if it is known that not even the first token could come in time.
+- Identical requests that are in flight together share the work, if what they ask for is determined: greedy or
+  with a `seed`, the same model, prompt, sampling, `maxTokens` and `stopTokenIds`. Each has its own stream,
+  `stop` texts, deadline and cancel, and gets what it would get alone. Who comes late gets what there is as
+  one part, then the rest as it is produced, and `shared` in its result. With `"deduplicate":false` a request
+  has its work to itself.
+- An answer that cannot go on gets `generation_failed`, and the others go on. If the device fails or stands
+  still, every request gets `engine_failed` and the sidecar ends: send them to the next one."""

@@ -39,6 +39,10 @@ DtypeRequest = Annotated[
     Literal["auto", "stored", "float32", "float16", "bfloat16"],
     Meta(title="DtypeRequest", description="`auto` is `stored`, except where that is far slower."),
 ]
+PriorityClass = Annotated[
+    Literal["critical", "high", "normal", "low"],
+    Meta(title="PriorityClass", description="Who goes first; one that is passed over for long rises."),
+]
 
 
 class Params(Struct, rename="camel", forbid_unknown_fields=True, kw_only=True):
@@ -203,8 +207,18 @@ class UnloadResult(Result):
     state: ModelState
 
 
+class Batching(Result):
+    """Whether sequences of a model are decoded together. If not, they take turns, and `reason` says why."""
+
+    active: bool
+    reason: str | UnsetType = UNSET
+
+
 class ModelInfo(Result):
-    """One line of `models`; the numbers are absent until the model is ready. `inUse` counts its requests."""
+    """One line of `models`; the numbers are absent until the model is ready. `inUse` counts its requests.
+
+    `batching` stands in `stats` only, and is about what has been tried so far.
+    """
 
     model: str
     state: ModelState
@@ -213,6 +227,7 @@ class ModelInfo(Result):
     parameters: int | UnsetType = UNSET
     context_length: int | UnsetType = UNSET
     bytes: int | UnsetType = UNSET
+    batching: Batching | UnsetType = UNSET
 
 
 class ModelsResult(Result):
@@ -255,6 +270,13 @@ StopTokenIds = Annotated[
     list[TokenId],
     Meta(max_length=256, description="The answer ends before the first of these tokens."),
 ]
+DeadlineMs = Annotated[
+    Annotated[int, Meta(ge=1, le=2**31 - 1)] | None,
+    Meta(description="From the request's arrival to the end of its answer; then it is `deadline_exceeded`."),
+]
+Deduplicate = Annotated[
+    bool, Meta(description="Whether work that is under way for an identical request may be shared.")
+]
 
 
 class GenerateParams(Params):
@@ -263,6 +285,8 @@ class GenerateParams(Params):
     Sampling follows this order: repetition, presence and frequency penalties, logit bias, temperature, then
     top-k, top-p and min-p on the tempered distribution. `temperature` 0 takes the likeliest token, whatever
     the truncations say. The repetition penalty looks at prompt and answer, the other two at the answer only.
+
+    None of `priority`, `deadlineMs` and `deduplicate` changes the answer.
     """
 
     model: ModelName
@@ -281,6 +305,9 @@ class GenerateParams(Params):
     seed: Seed = None
     stop: StopTexts = []
     stop_token_ids: StopTokenIds = []
+    priority: PriorityClass = "normal"
+    deadline_ms: DeadlineMs = None
+    deduplicate: Deduplicate = True
     partial_result_token: ProgressToken | UnsetType = UNSET
 
 
@@ -305,7 +332,10 @@ class Usage(Result):
 
 
 class Timings(Result):
-    """Measured where the work is done. `ttftMs` runs from the request's arrival to its first token."""
+    """Measured where the work is done. `ttftMs` runs from the request's arrival to its first token.
+
+    Of a request that shared the work of another only what was done after it came is counted.
+    """
 
     queue_ms: float
     prefill_ms: float
@@ -318,7 +348,8 @@ class GenerateResult(Result):
     """The end of a generation. `text` and `tokens` stand here only when it was not streamed.
 
     When it was, `lastSeq` is the `seq` of the last progress (0 if there was none) and `textBytes` the length
-    of all its text in UTF-8, so that a client can tell that it has everything.
+    of all its text in UTF-8, so that a client can tell that it has everything. `shared` says that its tokens
+    were not computed for it, but for an identical request that came before and was under way.
     """
 
     finish_reason: FinishReason
@@ -328,6 +359,7 @@ class GenerateResult(Result):
     tokens: list[int] | UnsetType = UNSET
     last_seq: int | UnsetType = UNSET
     text_bytes: int | UnsetType = UNSET
+    shared: bool = False
 
 
 # -- tokens --
@@ -402,22 +434,37 @@ class NativeStats(Result):
 
 
 class MemoryStats(Result):
-    """Of the process (by the operating system) and of MLX (by its allocator), in bytes."""
+    """Of the process (by the operating system) and of MLX (by its allocator), in bytes.
+
+    Requests are let in as long as `weightsBytes`, what the models take, and `reservedBytes`, what those that
+    were let in will take at their full length, stay within `budgetBytes`. All three are absent until MLX has
+    started.
+    """
 
     resident_bytes: int
     peak_resident_bytes: int
     mlx_active_bytes: int
     mlx_cache_bytes: int
     mlx_peak_bytes: int
+    budget_bytes: int | UnsetType = UNSET
+    weights_bytes: int | UnsetType = UNSET
+    reserved_bytes: int | UnsetType = UNSET
 
 
 class RequestStats(Result):
-    """Generations since the start."""
+    """Generations since the start. `shared` counts those that followed an identical one.
+
+    `overloaded` and `deadlineExceeded` count those that ended with the error of that name; they are among
+    the `failed`.
+    """
 
     started: int
     finished: int
     cancelled: int
     failed: int
+    shared: int
+    overloaded: int
+    deadline_exceeded: int
 
 
 class TokenStats(Result):
@@ -427,15 +474,30 @@ class TokenStats(Result):
     completion: int
 
 
-class EngineStats(Result):
-    """The inference thread. `steps` counts decode steps so far, `sequences` what waits or is decoded now.
+class WaitingStats(Result):
+    """Sequences that wait to be let in, by their priority."""
 
-    `device` and what follows are absent until MLX has started, which took `startMs`.
+    critical: int
+    high: int
+    normal: int
+    low: int
+
+
+class EngineStats(Result):
+    """The inference thread. `steps` counts decode steps so far.
+
+    Of the `sequences` that there are now some are `waiting`, some `prefilling`, and the others `running`:
+    these are decoded in `decodeGroups` of like length. `device` and what follows are absent until MLX has
+    started, which took `startMs`.
     """
 
     state: EngineState
     steps: int
     sequences: int
+    waiting: WaitingStats
+    prefilling: int
+    running: int
+    decode_groups: int
     device: str | UnsetType = UNSET
     mlx_version: str | UnsetType = UNSET
     start_ms: float | UnsetType = UNSET

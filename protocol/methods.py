@@ -92,7 +92,16 @@ METHODS = {
             'A cancel ends it with a result, whose `finishReason` is "cancelled".',
             m.GenerateParams,
             m.GenerateResult,
-            (e.ModelNotLoaded, e.ContextOverflow, e.Unsupported, e.SlowConsumer),
+            (
+                e.ModelNotLoaded,
+                e.ContextOverflow,
+                e.Unsupported,
+                e.SlowConsumer,
+                e.DeadlineExceeded,
+                e.OutOfMemory,
+                e.GenerationFailed,
+                e.EngineFailed,
+            ),
             progress=m.GenerateProgress,
         ),
         Method(

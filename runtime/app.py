@@ -32,11 +32,13 @@ from .server.connection import Connection, Handler, OnEvent
 from .server.exit_codes import UNAVAILABLE
 from .server.guests import CANCEL_SECONDS, FLUSH_SECONDS, Guests
 from .server.lifecycle import (
+    ENGINE_STALLED,
     LISTENING_FAILED,
     Ending,
     Lifecycle,
     ending_of_host,
     engine_died,
+    watch_engine,
     watch_host,
     watch_signals,
 )
@@ -95,13 +97,16 @@ class App:
         self._delivered: deque[list[Emission]] = deque()
         self._awakened = False
         blas, pages, counters = Blas(), Pages(), Counters()
-        self.engine = InferenceThread(self._deliver, self._on_engine_death, blas, vitals)
+        self.engine = InferenceThread(self._deliver, self._on_engine_death, blas, vitals, self._settings)
         self._handlers = self._build(blas, pages, counters)
 
     async def run(self, serve: "Callable[[App], None]") -> Ending:
         """Let `serve` begin, and return why it ended, with everything said that had to be."""
         async with self._tasks:
             await self._tasks.start(watch_signals, self._lifecycle.end)
+            self._tasks.start_soon(
+                watch_engine, self._vitals.last_step_age_ms, self._settings.stall_seconds, self._on_stall
+            )
             serve(self)
             await self._drain()
             self._over = True
@@ -196,6 +201,12 @@ class App:
 
     def _on_engine_death(self, error: BaseException) -> None:
         self._post(self._lifecycle.end, engine_died(error))
+
+    def _on_stall(self) -> None:
+        log.critical("no step has ended for %s s; the process ends", self._settings.stall_seconds)
+        self.engine.abandon()
+        # Behind the failures that have just been delivered.
+        self._post(self._lifecycle.end, ENGINE_STALLED)
 
     def _post(self, callback: Callable[..., object], *args: object) -> None:
         """Call on the event loop, from any thread.

@@ -122,7 +122,11 @@ class Sidecar:
         return (await self._connection.send("models", {}).result(m.ModelsResult)).models
 
     def generate(self, model: str, **params: Any) -> Generation:
-        """Start generating at once and return the answer, to be iterated over as it grows."""
+        """Start generating at once and return the answer, to be iterated over as it grows.
+
+        `deadlineMs` ends it on the server, `priority` says who goes first there, and `deduplicate=False`
+        keeps it from sharing the work of an identical request.
+        """
         request = self._connection.send("generate", {"model": model, **params}, streamed=True)
         return Generation(self._connection, request, self._window_bytes)
 

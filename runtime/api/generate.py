@@ -1,25 +1,58 @@
 """generate."""
 
+import math
 import os
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Hashable
 
 import anyio
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Struct, UnsetType
 
 from mlx_sidecar.protocol import messages as m
-from mlx_sidecar.protocol.errors import ContextOverflow, InvalidParams
+from mlx_sidecar.protocol.errors import (
+    ContextOverflow,
+    DeadlineExceeded,
+    InvalidParams,
+    Overloaded,
+)
 
 from ..engine.sequence import Sampling, Sequence
 from ..engine.thread import InferenceThread
 from ..models.loaded import LoadedModel
 from ..models.registry import ModelRegistry
 from ..pool import Pool
+from ..scheduling.duplicates import Duplicates, Work, key_of
+from ..scheduling.priority import Priority
 from ..server.connection import Call
 from ..telemetry.counters import Counters
 from ..text.answer import Answer
 from .generation import Generation
 from .tokens import check_ids, encode, only_one
+
+
+class Request(Struct, eq=False):
+    """A `generate` under way: it waits within `scope`, which its deadline ends, then has a `generation`."""
+
+    params: m.GenerateParams
+    call: Call
+    arrived_at: float
+    scope: anyio.CancelScope
+    generation: Generation | None = None
+
+    def cancel(self) -> None:
+        """End it with a result, whatever it waits for. From now on it cannot be too late."""
+        self.scope.deadline = math.inf
+        if self.generation is None:
+            self.scope.cancel()
+        else:
+            self.generation.cancel()
+
+    def check_deadline(self, seconds: float = 0.0) -> None:
+        """Raise DeadlineExceeded if its time is up, or will be in so many seconds."""
+        if anyio.current_time() + seconds >= self.scope.deadline:
+            assert self.params.deadline_ms is not None
+            started = self.generation is not None and self.generation.started
+            raise DeadlineExceeded(self.params.deadline_ms, never_started=not started)
 
 
 class GenerateApi:
@@ -32,41 +65,46 @@ class GenerateApi:
         self._engine = engine
         self._pool = pool
         self._counters = counters
+        self._duplicates = Duplicates(engine.submit, engine.cancel)
 
     def generate(self, params: m.GenerateParams, call: Call) -> Awaitable[m.GenerateResult]:
         """Answer a prompt, streamed if the request has a `partialResultToken`.
 
         Raises:
-            InvalidParams, ModelNotLoaded, ContextOverflow, Unsupported, InternalError.
+            InvalidParams, ModelNotLoaded, ContextOverflow, Unsupported, Overloaded, DeadlineExceeded,
+            OutOfMemory, GenerationFailed, EngineFailed, InternalError.
         """
         only_one("messages", {"messages": params.messages, "prompt": params.prompt, "tokens": params.tokens})
         if not isinstance(params.partial_result_token, UnsetType):
             call.open_stream(params.partial_result_token)
-        # From now on a cancel ends in a result. Until there is a sequence it stops the waiting.
-        waiting = anyio.CancelScope()
-        call.on_cancel = waiting.cancel
-        return self._generate(params, call, waiting, time.monotonic())
+        request = Request(params, call, time.monotonic(), anyio.CancelScope())
+        if params.deadline_ms is not None:
+            request.scope.deadline = anyio.current_time() + params.deadline_ms / 1000
+        # From now on a cancel ends in a result.
+        call.on_cancel = request.cancel
+        return self._generate(request)
 
-    async def _generate(
-        self, params: m.GenerateParams, call: Call, waiting: anyio.CancelScope, arrived_at: float
-    ) -> m.GenerateResult:
+    async def _generate(self, request: Request) -> m.GenerateResult:
         self._counters.started += 1
-        result = None
         try:
-            with waiting:
-                model = await self._registry.ready(params.model)
-                with model.in_use():
-                    prompt = await self._prompt(params, model)
-                    if model.forced_out:  # While the prompt was worked out: there is no sequence to end.
-                        waiting.cancel()
-                    result = await self._answer(params, call, model, prompt, arrived_at)
-        except Exception:
-            self._counters.failed += 1
+            result = await self._result(request)
+        except Exception as error:
+            self._counters.count_failure(error)
             raise
-        if result is None:
-            result = _cancelled_before_it_began(arrived_at, streamed=call.stream is not None)
         self._counters.count(result)
         return result
+
+    async def _result(self, request: Request) -> m.GenerateResult:
+        with request.scope:
+            model = await self._registry.ready(request.params.model)
+            with model.in_use():
+                self._check_line(request.params.model)
+                prompt = await self._prompt(request.params, model)
+                if model.forced_out:  # While the prompt was worked out: there is no sequence to end.
+                    request.cancel()
+                return await self._answer(request, model, prompt)
+        request.check_deadline()
+        return _cancelled_before_it_began(request.arrived_at, streamed=request.call.stream is not None)
 
     async def _prompt(self, params: m.GenerateParams, model: LoadedModel) -> list[int]:
         if isinstance(params.tokens, list):
@@ -83,15 +121,13 @@ class GenerateApi:
             raise ContextOverflow(len(prompt), model.facts.context_length)
         return prompt
 
-    async def _answer(
-        self, params: m.GenerateParams, call: Call, model: LoadedModel, prompt: list[int], arrived_at: float
-    ) -> m.GenerateResult:
+    async def _answer(self, request: Request, model: LoadedModel, prompt: list[int]) -> m.GenerateResult:
+        params, call = request.params, request.call
         stops = [params.stop] if isinstance(params.stop, str) else params.stop
         generation = Generation(
             Answer(model.tokenizer.stream(), stops),
-            arrived_at,
+            request.arrived_at,
             None if call.stream is None else call.progress,
-            self._engine.cancel,
         )
         sequence = Sequence(
             model=model.name,
@@ -100,20 +136,52 @@ class GenerateApi:
             sampling=_sampling(params, model.facts.vocabulary),
             stop_token_ids=model.tokenizer.eos_ids | frozenset(params.stop_token_ids),
             on_emission=generation.on_emission,
+            priority=Priority[params.priority.upper()],
+            owner=id(call.connection),
         )
         # Whoever was cancelled while waiting never becomes a sequence.
         await anyio.lowlevel.checkpoint_if_cancelled()
-        call.on_cancel = lambda: self._engine.cancel(sequence)
-        call.on_overflow = lambda error: generation.fail(sequence, error)
-        model.sequences.add(sequence)
+        work = self._work(request, sequence, generation)
+        request.generation = generation
+        call.on_overflow = generation.fail
+        model.sequences.add(work.sequence)
         try:
-            self._engine.submit(sequence)
             await generation.finished()
         finally:
-            model.sequences.discard(sequence)
-            # Does nothing to a sequence that has ended; ends one whose request is being torn down.
-            self._engine.cancel(sequence)
-        return generation.result(sequence)
+            # Also when the request is being torn down: does nothing to a sequence that has ended.
+            if work.leave(generation):
+                model.sequences.discard(work.sequence)
+        return generation.result()
+
+    def _work(self, request: Request, sequence: Sequence, generation: Generation) -> Work:
+        """Let `generation` follow identical work that is under way, or begin `sequence`.
+
+        Raises:
+            Overloaded: the line is full.
+            DeadlineExceeded: its first token would come too late.
+        """
+        key: Hashable = key_of(sequence) if _is_repeatable(request.params) else None
+        work = self._duplicates.find(key, sequence)
+        if work is not None:
+            self._counters.shared += 1
+            generation.follow(work, shared=True)
+            return work
+        # Again: many may have come since while this one was made into tokens.
+        self._check_line(sequence.model)
+        request.check_deadline(self._engine.first_token_seconds(sequence.model, len(sequence.prompt)))
+        work = self._duplicates.begin(key, sequence)
+        generation.follow(work, shared=False)
+        return work
+
+    def _check_line(self, model: str) -> None:
+        retry_after_ms = self._engine.retry_after_ms(model)
+        if retry_after_ms is not None:
+            raise Overloaded(retry_after_ms=retry_after_ms)
+
+
+def _is_repeatable(params: m.GenerateParams) -> bool:
+    """Return whether another request with the same parameters must get the same tokens, and may."""
+    return params.deduplicate and (params.temperature == 0 or params.seed is not None)
 
 
 def _sampling(params: m.GenerateParams, vocabulary: int) -> Sampling:
@@ -131,8 +199,14 @@ def _sampling(params: m.GenerateParams, vocabulary: int) -> Sampling:
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         logit_bias=params.logit_bias,
-        seed=int.from_bytes(os.urandom(6)) if params.seed is None else params.seed,
+        seed=_seed(params),
     )
+
+
+def _seed(params: m.GenerateParams) -> int:
+    if params.temperature == 0:  # Greedy: no seed makes a difference, and none may look like one.
+        return 0
+    return int.from_bytes(os.urandom(6)) if params.seed is None else params.seed
 
 
 def _cancelled_before_it_began(arrived_at: float, *, streamed: bool) -> m.GenerateResult:

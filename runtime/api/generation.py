@@ -6,34 +6,38 @@ Everything here runs on the event loop, called once for each token, so it does n
 import logging
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import anyio
 
 from mlx_sidecar.protocol import messages as m
 from mlx_sidecar.protocol.errors import InternalError, SidecarError
 
-from ..engine.sequence import Emission, FinishReason, Sequence
+from ..engine.sequence import Emission, FinishReason
+from ..scheduling.duplicates import Work
 from ..text.answer import Answer, Piece
+
+T = TypeVar("T")
+GiveProgress = Callable[[m.GenerateProgress], None]
 
 log = logging.getLogger("api")
 
-GiveProgress = Callable[[m.GenerateProgress], None]
-
 
 class Generation:
-    """Follows one sequence from its first emission to its last.
+    """Turns what some work produces into one request's answer. Others may follow the same work.
 
-    `give` sends progress; without it the pieces are kept for the result. `cancel` is called when a stop
-    string ends the answer before the engine does.
+    `give` sends progress; without it the pieces are kept for the result. A stop string, a cancel and a
+    failure of its own end the answer before the work is done.
     """
 
-    def __init__(
-        self, answer: Answer, arrived_at: float, give: GiveProgress | None, cancel: Callable[[Sequence], None]
-    ) -> None:
+    def __init__(self, answer: Answer, arrived_at: float, give: GiveProgress | None) -> None:
         self._answer = answer
         self._arrived_at = arrived_at
+        self._asked_at = time.monotonic()
         self._give = give
-        self._cancel = cancel
+        self._work: Work | None = None
+        self._shared = False
+        self._replayed = 0
         self._pieces: list[Piece] = []
         self._seq = 0
         self._text_bytes = 0
@@ -41,41 +45,61 @@ class Generation:
         self._finish: FinishReason | None = None
         self._done = anyio.Event()
 
+    def follow(self, work: Work, *, shared: bool) -> None:
+        """Take what `work` has produced, as one part, and then what it produces.
+
+        `shared` says that the work was not begun for this answer.
+        """
+        self._work, self._shared = work, shared
+        work.join(self)
+
+    @property
+    def started(self) -> bool:
+        """Whether the engine has spent any time on it."""
+        return self._work is not None and self._work.sequence.started_at is not None
+
     async def finished(self) -> None:
         """Wait for the end of the answer."""
         await self._done.wait()
 
+    def replay(self, tokens: list[int]) -> None:
+        """Take what had been produced before."""
+        self._replayed = len(tokens)
+        self._guarded(self._take_all, tokens)
+
     def on_emission(self, emission: Emission) -> None:
         """Take what happened to the sequence in one step."""
-        if self._finish is not None:
-            return
-        try:
-            self._take(emission)
-        except BaseException:  # A panic in Rust is no Exception.
-            log.exception("an answer could not be turned into text")
-            self._cancel(emission.sequence)
-            self._end("failed")
+        if self._finish is None:
+            self._guarded(self._take, emission)
 
-    def fail(self, sequence: Sequence, error: SidecarError) -> None:
+    def cancel(self) -> None:
+        """End the answer: at once if others go on with the work, or else when the engine has ended it."""
+        if self._finish is None and not self._following.leave_in_order(self):
+            self._guarded(self._close, "cancelled")
+
+    def fail(self, error: SidecarError) -> None:
         """End the answer with `error`, unless it has ended."""
         if self._finish is None:
             self._failure = error
-            self._cancel(sequence)
             self._end("failed")
 
-    def result(self, sequence: Sequence) -> m.GenerateResult:
+    def result(self) -> m.GenerateResult:
         """Return the answer's end.
 
         Raises:
-            InternalError: the engine failed under it.
-            SidecarError: what `fail` was given.
+            SidecarError: what `fail` was given, or what the engine says of the sequence.
+            InternalError: a failure that nobody says more of.
         """
         if self._finish is None or self._finish == "failed":
             raise self._failure
         result = m.GenerateResult(
             finish_reason=self._finish,
-            usage=m.Usage(prompt_tokens=len(sequence.prompt), completion_tokens=self._answer.token_count),
-            timings=self._timings(sequence),
+            usage=m.Usage(
+                prompt_tokens=len(self._following.sequence.prompt),
+                completion_tokens=self._answer.token_count,
+            ),
+            timings=self._timings(),
+            shared=self._shared,
         )
         if self._give is None:
             result.text = "".join(piece.text for piece in self._pieces)
@@ -85,16 +109,41 @@ class Generation:
             result.text_bytes = self._text_bytes
         return result
 
+    @property
+    def _following(self) -> Work:
+        assert self._work is not None
+        return self._work
+
+    def _guarded(self, take: Callable[[T], None], what: T) -> None:
+        try:
+            take(what)
+        except BaseException:  # A panic in Rust is no Exception.
+            log.exception("an answer could not be turned into text")
+            self._end("failed")
+
+    def _take_all(self, tokens: list[int]) -> None:
+        texts: list[str] = []
+        said: list[int] = []
+        for token in tokens:
+            if (piece := self._answer.feed(token)) is not None:
+                texts.append(piece.text)
+                said += piece.tokens
+            if self._answer.stopped:
+                break
+        if said:
+            self._say(Piece("".join(texts), said))
+        if self._answer.stopped:
+            self._end("stop")
+
     def _take(self, emission: Emission) -> None:
         if emission.token is not None:
             self._say(self._answer.feed(emission.token))
             if self._answer.stopped:
-                self._cancel(emission.sequence)
                 self._end("stop")
                 return
         if emission.finish is not None:
-            self._say(self._answer.finish())
-            self._end("stop" if self._answer.stopped else emission.finish)
+            self._failure = emission.sequence.failure or self._failure
+            self._close(emission.finish)
 
     def _say(self, piece: Piece | None) -> None:
         if piece is None:
@@ -106,19 +155,24 @@ class Generation:
             self._text_bytes += len(piece.text.encode())
             self._give(m.GenerateProgress(seq=self._seq, text=piece.text, tokens=piece.tokens))
 
+    def _close(self, finish: FinishReason) -> None:
+        self._say(self._answer.finish())
+        self._end("stop" if self._answer.stopped else finish)
+
     def _end(self, finish: FinishReason) -> None:
         self._finish = finish
+        self._following.leave(self)
         self._done.set()
 
-    def _timings(self, sequence: Sequence) -> m.Timings:
-        now = time.monotonic()
-        end = sequence.finished_at or now
-        started = sequence.started_at or end
-        first = sequence.first_token_at or end
+    def _timings(self) -> m.Timings:
+        sequence, asked = self._following.sequence, self._asked_at
+        end = sequence.finished_at or time.monotonic()
+        started = max(sequence.started_at or end, asked)
+        first = max(sequence.first_token_at or end, asked)
         decode = end - first
-        steps = self._answer.token_count - 1
+        steps = self._answer.token_count - max(self._replayed, 1)
         return m.Timings(
-            queue_ms=_ms(started - sequence.submitted_at),
+            queue_ms=_ms(started - asked),
             prefill_ms=_ms(first - started),
             ttft_ms=_ms(first - self._arrived_at),
             decode_ms=_ms(decode),

@@ -7,7 +7,7 @@ from mlx_sidecar.native.pages import Pages
 from mlx_sidecar.protocol import messages as m
 
 from ..engine.sequence import Device
-from ..engine.thread import InferenceThread
+from ..engine.thread import EngineReport, InferenceThread
 from ..models.registry import ModelRegistry
 from ..server.connection import Call
 from ..telemetry.counters import Counters
@@ -35,32 +35,55 @@ class StatsApi:
 
     def stats(self, _: m.NoParams, __: Call) -> m.StatsResult:
         """Collect the document; cheap, and never waits for the engine."""
+        engine = self._engine.report()
         return m.StatsResult(
             uptime_ms=self._vitals.uptime_ms(),
-            memory=self._memory(),
+            memory=self._memory(engine),
             requests=self._counters.requests(),
             tokens=self._counters.tokens(),
-            engine=self._engine_stats(),
-            models=self._registry.infos(),
+            engine=self._engine_stats(engine),
+            models=self._models(engine),
             native=m.NativeStats(
                 blas=self._blas_stats(), pages=self._pages_stats(), pulse=self._pulse_stats()
             ),
         )
 
-    def _memory(self) -> m.MemoryStats:
+    def _memory(self, engine: EngineReport) -> m.MemoryStats:
         resident, peak = self._pages.process_memory()
         mlx = self._engine.memory
-        return m.MemoryStats(
+        stats = m.MemoryStats(
             resident_bytes=resident,
             peak_resident_bytes=peak,
             mlx_active_bytes=mlx.active,
             mlx_cache_bytes=mlx.cached,
             mlx_peak_bytes=mlx.peak,
         )
+        if engine.memory.budget_bytes:
+            stats.budget_bytes = engine.memory.budget_bytes
+            stats.weights_bytes = engine.memory.weights_bytes
+            stats.reserved_bytes = engine.memory.reserved_bytes
+        return stats
 
-    def _engine_stats(self) -> m.EngineStats:
+    def _models(self, engine: EngineReport) -> list[m.ModelInfo]:
+        infos = self._registry.infos()
+        for info in infos:
+            if (batch := engine.batches.get(info.model)) is not None:
+                info.batching = m.Batching(active=batch.why_alone is None)
+                if batch.why_alone is not None:
+                    info.batching.reason = batch.why_alone
+        return infos
+
+    def _engine_stats(self, engine: EngineReport) -> m.EngineStats:
+        batches = engine.batches.values()
+        critical, high, normal, low = engine.waiting.counts
         stats = m.EngineStats(
-            state=self._vitals.state, steps=self._engine.steps, sequences=self._engine.sequences
+            state=self._vitals.state,
+            steps=engine.steps,
+            sequences=self._engine.sequences,
+            waiting=m.WaitingStats(critical=critical, high=high, normal=normal, low=low),
+            prefilling=sum(batch.prefilling for batch in batches),
+            running=sum(batch.running for batch in batches),
+            decode_groups=sum(batch.groups for batch in batches),
         )
         if (device := _device(self._engine.started())) is not None:
             stats.device = device.kind

@@ -7,8 +7,9 @@ import mlx.core as mx
 from mlx import nn
 from mlx_lm.generate import BatchGenerator, StopSequences
 
+from ..scheduling.memory import Footprint
 from .sampling import make_processors, make_sampler
-from .sequence import Emission, Sequence
+from .sequence import BatchReport, Emission, Sequence
 
 
 class Batch(Protocol):
@@ -32,6 +33,25 @@ class Batch(Protocol):
 
     def reset(self) -> list[Sequence]:
         """Drop every sequence and its memory, and return those that had not ended."""
+        ...
+
+    def report(self) -> BatchReport:
+        """Return what is being done; any thread may ask."""
+        ...
+
+    @property
+    def footprint(self) -> Footprint:
+        """What the model and its sequences take."""
+        ...
+
+    @property
+    def prefill_chunk_tokens(self) -> int:
+        """The most prompt tokens that one step takes."""
+        ...
+
+    @property
+    def prefilled(self) -> int:
+        """The prompt tokens that the last step waited for."""
         ...
 
 

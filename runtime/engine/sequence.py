@@ -6,6 +6,10 @@ from typing import Literal, NamedTuple
 
 from msgspec import Struct, field
 
+from mlx_sidecar.protocol.errors import SidecarError
+
+from ..scheduling.priority import Priority
+
 FinishReason = Literal["stop", "length", "cancelled", "failed"]
 
 
@@ -26,8 +30,9 @@ class Sampling(Struct, frozen=True):
 class Sequence(Struct, eq=False):
     """One row in a batch: prompt ids, limits, sampling, and the times at which things happened to it.
 
-    Times are `time.monotonic()` seconds, written by the inference thread. `on_emission` is called on the
-    event loop.
+    Times are `time.monotonic()` seconds, written by the inference thread, and so are `tokens`, the answer so
+    far, and `failure`, what went wrong if it ends as "failed". `on_emission` is called on the event loop.
+    `owner` is whoever it competes for, in fair share.
     """
 
     model: str
@@ -36,10 +41,24 @@ class Sequence(Struct, eq=False):
     sampling: Sampling
     stop_token_ids: frozenset[int]
     on_emission: Callable[["Emission"], None]
+    priority: Priority = Priority.NORMAL
+    owner: int = 0
     submitted_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
     first_token_at: float | None = None
     finished_at: float | None = None
+    tokens: list[int] = field(default_factory=list[int])
+    failure: SidecarError | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer so far."""
+        return len(self.prompt) + len(self.tokens)
+
+    @property
+    def last_token(self) -> int:
+        """The token that decoding goes on from."""
+        return self.tokens[-1] if self.tokens else self.prompt[-1]
 
 
 class Emission(NamedTuple):
@@ -48,6 +67,18 @@ class Emission(NamedTuple):
     sequence: Sequence
     token: int | None
     finish: FinishReason | None
+
+
+class BatchReport(NamedTuple):
+    """One model at one moment: sequences by what is done with them, and decode batches.
+
+    `why_alone` says why every sequence is a batch of its own; None if there is no reason for that.
+    """
+
+    prefilling: int = 0
+    running: int = 0
+    groups: int = 0
+    why_alone: str | None = None
 
 
 class MemoryUse(NamedTuple):

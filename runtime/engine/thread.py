@@ -1,5 +1,7 @@
 """The inference thread: commands in by one queue, emissions out once a step.
 
+Between two steps it obeys commands and lets in whoever is next and has room.
+
 Nothing but this thread touches MLX. It imports it, loads with it, runs it, frees with it, and clears MLX's
 thread-local streams as its last act: without that the process aborts when the interpreter ends.
 """
@@ -11,18 +13,34 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from mlx_sidecar.config.settings import Settings
 from mlx_sidecar.native.blas import Blas
+from mlx_sidecar.protocol.errors import EngineFailed, InternalError, OutOfMemory, SidecarError
 
+from ..scheduling.admission import Admission
+from ..scheduling.memory import MemoryReport
+from ..scheduling.waiting import WaitingReport
 from ..telemetry.vitals import Vitals
 from .mlx_start import start_mlx
-from .sequence import Device, Emission, MemoryUse, Sequence
+from .sequence import BatchReport, Device, Emission, FinishReason, MemoryUse, Sequence
 
 if TYPE_CHECKING:
     from .batch import Batch
 
 ResultT = TypeVar("ResultT")
+
+
+class EngineReport(NamedTuple):
+    """The engine at one moment."""
+
+    steps: int
+    waiting: WaitingReport
+    memory: MemoryReport
+    batches: dict[str, BatchReport]
+
+
 Deliver = Callable[[list[Emission]], None]
 
 log = logging.getLogger("engine")
@@ -39,15 +57,24 @@ class InferenceThread:
     """
 
     def __init__(
-        self, deliver: Deliver, on_death: Callable[[BaseException], None], blas: Blas, vitals: Vitals
+        self,
+        deliver: Deliver,
+        on_death: Callable[[BaseException], None],
+        blas: Blas,
+        vitals: Vitals,
+        settings: Settings,
     ) -> None:
         self._vitals = vitals
         self._deliver = deliver
         self._on_death = on_death
         self._blas = blas
+        self._settings = settings
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._batches: dict[str, Batch] = {}
         self._unfinished: set[Sequence] = set()
+        self._admission: Admission[Sequence] = Admission(
+            budget_bytes=0, most_waiting=settings.max_waiting, ageing_seconds=settings.ageing_seconds
+        )
         self._started: Future[Device] = Future()
         # Running, so that one waiter who gives up cannot cancel it for the others.
         self._started.set_running_or_notify_cancel()
@@ -68,6 +95,10 @@ class InferenceThread:
     @property
     def sequences(self) -> int:
         """Sequences that wait, prefill or decode."""
+        return len(self._admission) + self._running
+
+    @property
+    def _running(self) -> int:
         return sum(len(batch) for batch in list(self._batches.values()))
 
     def run(self, work: Callable[[], ResultT]) -> "Future[ResultT]":
@@ -88,12 +119,23 @@ class InferenceThread:
     def attach(self, model: str, batch: "Batch") -> None:
         """Make `batch` the one that runs `model`. Call on this thread, out of `run`."""
         self._batches[model] = batch
+        self._admission.open(
+            model,
+            batch.footprint,
+            most_rows=self._settings.max_sequences,
+            chunk_tokens=batch.prefill_chunk_tokens,
+        )
+        # Beside one more model there may be no room for some who wait, ever.
+        for sequence in self._admission.refuse_hopeless():
+            self._fail([sequence], self._admission.out_of_memory(sequence))
 
     def detach(self, model: str) -> None:
         """Stop running `model` and give its memory back. Call on this thread, out of `run`."""
-        batch = self._batches.pop(model, None)
+        batch = self._batches.get(model)
         if batch is not None:
             self._end(batch.reset(), "cancelled")
+            self._end(self._admission.close(model), "cancelled")
+            del self._batches[model]
         del batch
         self.give_memory_back()
 
@@ -114,6 +156,25 @@ class InferenceThread:
         """End a sequence at the next step boundary with finish "cancelled"; nothing if it has ended."""
         self._commands.put(lambda: self._remove(sequence))
 
+    def retry_after_ms(self, model: str) -> int | None:
+        """Return None if there is room in the line, or when there will likely be."""
+        return self._admission.retry_after_ms(model, self._running)
+
+    def first_token_seconds(self, model: str, prompt_tokens: int) -> float:
+        """Return the least time in which a first token can come; 0 while nothing is known."""
+        return self._admission.first_token_seconds(model, prompt_tokens)
+
+    def report(self) -> EngineReport:
+        """Return what runs, what waits, and what memory is promised; of a moment, so approximately."""
+        waiting, memory = self._admission.report()
+        batches = {model: batch.report() for model, batch in list(self._batches.items())}
+        return EngineReport(self.steps, waiting, memory, batches)
+
+    def abandon(self) -> None:
+        """Fail every sequence, because this thread stands still. For the event loop, as its last word."""
+        self._vitals.state = "failed"
+        self._fail(list(self._unfinished), EngineFailed())
+
     def stop(self, timeout: float) -> bool:
         """End the thread after the current step; return whether it ended within `timeout` seconds."""
         if not self._thread.is_alive():
@@ -126,6 +187,7 @@ class InferenceThread:
     def _run(self) -> None:
         try:
             device = start_mlx(self._blas)
+            self._admission = self._new_admission()
         except BaseException as error:
             log.exception("MLX could not be started")
             self._vitals.state = "failed"
@@ -142,18 +204,27 @@ class InferenceThread:
         except Exception as error:
             log.critical("the inference thread cannot go on", exc_info=error)
             self._vitals.state = "failed"
-            self._end(list(self._unfinished), "failed")
+            self._fail(list(self._unfinished), EngineFailed())
             self._on_death(error)
         finally:
             _clear_streams()
 
+    def _new_admission(self) -> Admission[Sequence]:
+        from .device import memory_bytes
+
+        return Admission(
+            budget_bytes=self._settings.memory_budget_bytes or memory_bytes(),
+            most_waiting=self._settings.max_waiting,
+            ageing_seconds=self._settings.ageing_seconds,
+        )
+
     def _loop(self) -> None:
         while self._vitals.state != "stopping":
-            busy = any(len(batch) for batch in self._batches.values())
-            self._vitals.last_step_at = (self._vitals.last_step_at or time.monotonic()) if busy else None
+            busy = self.sequences > 0
             if not busy:
                 self._note_memory()
             self._obey(wait=not busy)
+            self._admission.admit(self._let_in)
             self._step_all()
 
     def _step_all(self) -> None:
@@ -163,10 +234,14 @@ class InferenceThread:
                 self._step(model, batch)
 
     def _obey(self, *, wait: bool) -> None:
+        if not wait and self._commands.empty():
+            return
+        # Not a step that takes long: a load may, and nobody should take it for a standstill.
+        self._vitals.last_step_at = None
+        self._obey_one(self._commands.get())
         # This thread alone takes out, so what is not empty cannot become so.
-        while wait or not self._commands.empty():
+        while not self._commands.empty():
             self._obey_one(self._commands.get())
-            wait = False
 
     def _obey_one(self, command: Callable[[], None]) -> None:
         try:
@@ -175,47 +250,70 @@ class InferenceThread:
             # Which batch it has damaged is not known; all start afresh.
             log.exception("a command failed; every sequence ends")
             for batch in list(self._batches.values()):
-                self._end(batch.reset(), "failed")
+                self._fail(batch.reset(), InternalError())
 
     def _step(self, model: str, batch: "Batch") -> None:
+        from .device import DeviceLost
+
+        began = self._vitals.last_step_at = self._vitals.last_step_at or time.monotonic()
         try:
             emissions = batch.step()
+        except DeviceLost:
+            raise
         except Exception:
             log.exception("a step of model %r failed; its sequences end", model)
-            self._end(batch.reset(), "failed")
+            self._fail(batch.reset(), InternalError())
             return
         self.steps += 1
         self._vitals.last_step_at = now = time.monotonic()
+        self._admission.note_step(model, now - began, batch.prefilled)
         if now >= self._memory_noted_at + _MEMORY_SECONDS:
             self._note_memory()
-        self._unfinished.difference_update(emission.sequence for emission in emissions if emission.finish)
+        for emission in emissions:
+            if emission.finish:
+                self._forget(emission.sequence)
         if emissions:
             self._deliver(emissions)
 
     def _add(self, sequence: Sequence) -> None:
-        batch = self._batches.get(sequence.model)
-        if batch is None:
+        if sequence.model not in self._batches:
             self._end([sequence], "cancelled")
             return
-        self._unfinished.add(sequence)
         try:
-            batch.add(sequence)
+            self._admission.put(sequence)
+        except OutOfMemory as error:
+            self._fail([sequence], error)
+        else:
+            self._unfinished.add(sequence)
+
+    def _let_in(self, sequence: Sequence) -> None:
+        try:
+            self._batches[sequence.model].add(sequence)
         except Exception:
             log.exception("a sequence could not be added")
-            self._end([sequence], "failed")
+            self._fail([sequence], InternalError())
 
     def _remove(self, sequence: Sequence) -> None:
         batch = self._batches.get(sequence.model)
-        if batch is not None and batch.remove(sequence):
+        if self._admission.withdraw(sequence) or (batch is not None and batch.remove(sequence)):
             self._end([sequence], "cancelled")
 
-    def _end(self, sequences: list[Sequence], finish: Any) -> None:
+    def _fail(self, sequences: list[Sequence], failure: SidecarError) -> None:
+        for sequence in sequences:
+            sequence.failure = failure
+        self._end(sequences, "failed")
+
+    def _end(self, sequences: list[Sequence], finish: FinishReason) -> None:
         now = time.monotonic()
         for sequence in sequences:
             sequence.finished_at = now
-        self._unfinished.difference_update(sequences)
+            self._forget(sequence)
         if sequences:
             self._deliver([Emission(sequence, None, finish) for sequence in sequences])
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._unfinished.discard(sequence)
+        self._admission.left(sequence, len(sequence.tokens))
 
     def _note_memory(self) -> None:
         import mlx.core as mx

@@ -1,4 +1,4 @@
-"""Model folder -> network in memory, evaluated and warm. Runs on the inference thread."""
+"""Model folder -> network in memory, evaluated. Runs on the inference thread."""
 
 import time
 from dataclasses import dataclass
@@ -12,14 +12,8 @@ from mlx import nn
 
 from mlx_sidecar.protocol.messages import DtypeRequest
 
-from ..engine.batch import Batch
-from ..engine.sequence import Sampling, Sequence
-
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _SLOW_ON_CPU = "MLX's CPU backend computes quantized and 16-bit matrix products far slower than float32"
-# A CPU has no kernels to compile: one token touches all there is.
-_CPU_WARM_UP = ((1,), (Sampling(),))
-_GPU_WARM_UP = ((2, 64, 512), (Sampling(), Sampling(temperature=1.0, top_p=0.9)))
 
 
 @dataclass(frozen=True)
@@ -71,22 +65,6 @@ def load_network(folder: Path, dtype: DtypeRequest, device: str) -> Network:
         nbytes=sum(array.nbytes for _, array in _arrays(module)),
         load_ms=(time.monotonic() - began) * 1000,
     )
-
-
-def warm_up(batch: Batch, device: str) -> float:
-    """Run short greedy and sampled sequences, so that kernels are compiled before anybody waits for them.
-
-    Returns:
-        milliseconds spent.
-    """
-    began = time.monotonic()
-    lengths, samplings = _CPU_WARM_UP if device == "cpu" else _GPU_WARM_UP
-    for length in lengths:
-        for sampling in samplings:
-            batch.add(Sequence("", [0] * length, 2, sampling, frozenset(), lambda _: None))
-        while len(batch):
-            batch.step()
-    return (time.monotonic() - began) * 1000
 
 
 def _choose_dtype(dtype: DtypeRequest, stored: str, device: str) -> tuple[str, str | None]:

@@ -170,8 +170,8 @@ class ModelRegistry:
 
     def _load_network(self, name: str, folder: Path, dtype: m.DtypeRequest, device: str) -> m.LoadResult:
         """Load, warm up and attach; runs on the inference thread."""
-        from ..engine.batch import MlxLmBatch
-        from .loader import warm_up
+        from ..engine.model_batch import ModelBatch
+        from ..engine.warm_up import warm_up
 
         network, problem = _try_to_load(name, folder, dtype, device)
         if network is None:
@@ -181,9 +181,7 @@ class ModelRegistry:
             if device == "cpu"
             else self._settings.prefill_chunk_tokens
         )
-        batch = MlxLmBatch(
-            network.module, max_sequences=self._settings.max_sequences, prefill_chunk_tokens=chunk
-        )
+        batch = ModelBatch(network.module, prefill_chunk_tokens=chunk)
         warmup_ms = warm_up(batch, device)
         self._engine.attach(name, batch)
         result = m.LoadResult(

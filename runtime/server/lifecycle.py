@@ -12,6 +12,7 @@ from . import exit_codes
 from .peer import PeerEvent
 
 _HOST_POLL_SECONDS = 1.0
+_ENGINE_POLL_SECONDS = 1.0
 
 
 class Ending(NamedTuple):
@@ -45,6 +46,8 @@ def engine_died(error: BaseException) -> Ending:
     code = exit_codes.OUT_OF_MEMORY if isinstance(error, MemoryError) else exit_codes.INTERNAL_ERROR
     return Ending("the inference thread died", code)
 
+
+ENGINE_STALLED = Ending("the inference thread stands still", exit_codes.INTERNAL_ERROR)
 
 LISTENING_FAILED = Ending("nobody can connect any more", exit_codes.INTERNAL_ERROR)
 
@@ -96,6 +99,15 @@ async def watch_host(process_id: int, end: Callable[[Ending], None]) -> None:
         finally:
             os.close(descriptor)
     end(HOST_DIED)
+
+
+async def watch_engine(
+    step_age_ms: Callable[[], float | None], stall_seconds: float, on_stall: Callable[[], None]
+) -> None:
+    """Call `on_stall` when a step takes longer than `stall_seconds`. `step_age_ms` is None between steps."""
+    while (step_age_ms() or 0) < stall_seconds * 1000:
+        await anyio.sleep(min(_ENGINE_POLL_SECONDS, stall_seconds / 4))
+    on_stall()
 
 
 def _is_alive(process_id: int) -> bool:

@@ -42,11 +42,11 @@ def names(text: str) -> set[str]:
 
 # Progress is looked at in these, whatever else they are about.
 STREAMS = names("""
-    cancel/during-decode cancel/twice flow/acks-are-absolute flow/acks-open-the-window
-    flow/acks-without-flow-control flow/held-back-and-merged flow/streams-are-paced-apart
-    lifecycle/end-of-input-lets-work-end lifecycle/shutdown-cancels lifecycle/signal methods/unload-by-force
-    methods/unload-waits streams/add-up streams/first-part streams/other-answers-overtake
-    streams/tokens-may-be-numbers-or-strings
+    cancel/during-decode cancel/one-of-two-alike cancel/twice flow/acks-are-absolute
+    flow/acks-open-the-window flow/acks-without-flow-control flow/held-back-and-merged
+    flow/streams-are-paced-apart lifecycle/end-of-input-lets-work-end lifecycle/shutdown-cancels
+    lifecycle/signal methods/generate-alike methods/unload-by-force methods/unload-waits streams/add-up
+    streams/first-part streams/other-answers-overtake streams/tokens-may-be-numbers-or-strings
 """)
 UNKNOWN_METHODS = names("""
     framing/long-line framing/separators-are-escaped ids/come-back-as-they-went ids/used-again
@@ -89,10 +89,11 @@ FAILING: dict[str, set[str]] = {
     """),
     "ignores-cancel": names("""
         batch/members-can-be-cancelled cancel/before-it-began cancel/during-decode
-        cancel/only-the-one-that-is-meant cancel/twice flow/acks-open-the-window
+        cancel/one-of-two-alike cancel/only-the-one-that-is-meant cancel/twice flow/acks-open-the-window
         flow/streams-are-paced-apart ids/in-flight lifecycle/shutdown-cancels lifecycle/signal
         methods/unload-by-force streams/other-answers-overtake
     """),
+    "ignores-deadlines": names("errors/deadline-exceeded"),
     "ignores-the-window": names("flow/held-back-and-merged"),
     "loses-work-at-the-end": names("lifecycle/end-of-input-lets-work-end"),
     "miscounts-bytes": STREAMS | names("cancel/before-it-began streams/without-text"),
@@ -101,7 +102,7 @@ FAILING: dict[str, set[str]] = {
         lifecycle/shutdown-and-exit lifecycle/shutdown-before-initialize lifecycle/shutdown-cancels
         lifecycle/shutdown-in-the-same-write
     """),
-    "progress-after-the-response": STREAMS,
+    "progress-after-the-response": STREAMS | names("errors/deadline-exceeded"),
     "repairs-bad-utf-8": names("framing/bad-utf-8"),
     "separators-end-lines": names("""
         framing/separators-do-not-end-lines json/invalid json/invalid-inside json/valid

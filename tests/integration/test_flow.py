@@ -198,7 +198,7 @@ def test_a_cancel_in_the_queue_during_prefill_and_during_decode_frees_everything
     while not reader.progress("decode"):
         reader.result("ping")
     start("prefill", tokens=[1] * 20_000, maxTokens=10**9)
-    start("queue", maxTokens=10**9)
+    start("queue", maxTokens=10**9, deduplicate=False)
     shown = len(reader.progress("decode"))
     while len(reader.progress("decode")) < shown + 5:
         reader.result("ping")
@@ -224,7 +224,8 @@ def test_a_cancel_in_the_queue_during_prefill_and_during_decode_frees_everything
 
 def test_the_tokens_of_one_step_arrive_together(reader: Guest, roomy: str) -> None:
     tokens = [f"stream {n}" for n in range(4)]
-    reader.write(lines(*(generation(t, roomy, **ENDLESS, partialResultToken=t) for t in tokens)))
+    alone: dict[str, Any] = ENDLESS | {"deduplicate": False}
+    reader.write(lines(*(generation(t, roomy, **alone, partialResultToken=t) for t in tokens)))
     reads: list[bytes] = []
     while len(reads) < 30:
         reads.append(reader.socket.recv(1 << 20))

@@ -105,6 +105,34 @@ async def test_errors_are_typed_and_the_next_request_works(path: Path) -> None:
         assert (await sidecar.ping()).state == "ready"
 
 
+async def test_identical_answers_are_worked_out_once_and_whole_for_everybody(
+    path: Path, roomy_model: Path
+) -> None:
+    async with Sidecar.connect(path) as sidecar, Sidecar.connect(path) as other:
+        params = SHORT | {"maxTokens": 200, "priority": "high"}
+        answers = [one.generate(str(roomy_model), **params) for one in (sidecar, other)]
+        alone = sidecar.generate(str(roomy_model), **params, deduplicate=False)
+        texts = {await answer.text() for answer in (*answers, alone)}
+        assert len(texts) == 1
+        assert sorted([(await answer.result()).shared for answer in answers]) == [False, True]
+        assert not (await alone.result()).shared
+
+
+async def test_a_deadline_is_a_typed_error_behind_the_parts_that_came(path: Path, roomy_model: Path) -> None:
+    async with Sidecar.connect(path) as sidecar:
+        generation = sidecar.generate(str(roomy_model), **ENDLESS, deadlineMs=500)
+        parts: list[str] = []
+
+        async def consume() -> None:
+            async for part in generation:
+                parts.append(part.text)
+
+        with pytest.raises(SidecarRequestError) as caught:
+            await consume()
+        assert (caught.value.kind, caught.value.data["neverStarted"]) == ("deadline_exceeded", False)
+        assert parts
+
+
 async def test_a_loop_that_is_left_early_cancels_on_the_server(path: Path, roomy_model: Path) -> None:
     async with Sidecar.connect(path) as sidecar:
         cancelled_before = (await sidecar.stats()).requests.cancelled

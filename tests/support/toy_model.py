@@ -1,5 +1,6 @@
 """The toy server's work: requests that take their time, and a "model" that repeats what it is given."""
 
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -89,9 +90,16 @@ class Generating(Work):
         self._stop_tokens: list[int] = params.get("stopTokenIds", [])
         self._stops: list[str] = params.get("stop", [])
         self._sent = self._acked = 0
+        self._deadline_ms: int | None = params.get("deadlineMs")
+        self._began = time.monotonic()
 
     def step(self) -> None:
         """Say one token, or end."""
+        if self._too_late():
+            self.result = Failed(
+                1010, "deadline_exceeded", deadlineMs=self._deadline_ms, neverStarted=not self.said
+            )
+            return
         token = (self._forced or self._prompt)[len(self.said) % len(self._forced or self._prompt)]
         if token in self._stop_tokens or any(stop in _text([*self.said, token]) for stop in self._stops):
             self._end("stop")
@@ -119,6 +127,11 @@ class Generating(Work):
         if self._server.broken("progress-after-the-response"):
             self.said += self.said[:1]
             self._send()
+
+    def _too_late(self) -> bool:
+        if self._deadline_ms is None or self._server.broken("ignores-deadlines"):
+            return False
+        return time.monotonic() >= self._began + self._deadline_ms / 1000
 
     def _send(self) -> None:
         tokens = self.said[self._sent :]

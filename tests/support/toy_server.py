@@ -26,6 +26,7 @@ BREAKS = (
     "exits-with-zero",
     "ids-become-strings",
     "ignores-cancel",
+    "ignores-deadlines",
     "ignores-the-window",
     "loses-work-at-the-end",
     "miscounts-bytes",
@@ -46,6 +47,8 @@ LIMITS = {
 }
 BEFORE_INITIALIZE = ("initialize", "ping", "server/info", "rpc.discover", "shutdown")
 OF_A_LOADED_MODEL = ("unload", "tokenize", "detokenize", "generate")
+REQUESTS = ("started", "finished", "cancelled", "failed", "shared", "overloaded", "deadlineExceeded")
+ENGINE = ("steps", "sequences", "prefilling", "running", "decodeGroups")
 LONGEST_ID = 1000
 STEP_SECONDS = 0.001
 BOM = b"\xef\xbb\xbf"
@@ -347,9 +350,10 @@ class Toy:
         return {
             "uptimeMs": 0,
             "memory": dict.fromkeys(memory, 0),
-            "requests": {"started": 0, "finished": self._finished, "cancelled": 0, "failed": 0},
+            "requests": dict.fromkeys(REQUESTS, 0) | {"finished": self._finished},
             "tokens": {"prompt": 0, "completion": self._completion},
-            "engine": {"state": "ready", "steps": 0, "sequences": len(self.works)},
+            "engine": {"state": "ready", **dict.fromkeys(ENGINE, 0), "sequences": len(self.works)}
+            | {"waiting": dict.fromkeys(("critical", "high", "normal", "low"), 0)},
             "models": self._models(),
             "native": {"blas": absent, "pages": absent, "pulse": absent},
         }

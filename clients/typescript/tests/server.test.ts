@@ -152,6 +152,30 @@ test("a wrong parameter is a typed error that names it", { timeout }, async () =
   await assert.rejects(unknown.result, { code: -32602, kind: "invalid_params", data: data("temprature") });
 });
 
+test("identical answers at the same time are worked out once, unless somebody objects", { timeout }, async () => {
+  const answers = [sidecar.generate(capital), sidecar.generate({ ...capital, priority: "low" })];
+  const alone = sidecar.generate({ ...capital, deduplicate: false });
+  const [first, second, third] = await Promise.all([...answers, alone].map((answer) => answer.text()));
+  assert.match(first ?? "", /Paris/);
+  assert.equal(second, first);
+  assert.equal(third, first);
+  const shared = await Promise.all([...answers, alone].map(async (answer) => (await answer.result).shared ?? false));
+  assert.deepEqual(shared.slice(0, 2).sort(), [false, true]);
+  assert.equal(shared[2], false);
+});
+
+test("an answer that takes too long is a typed error behind the parts that came", { timeout }, async () => {
+  const answer = sidecar.generate({ ...endless, priority: "high", deadlineMs: 3_000 });
+  const parts: GenerateProgress[] = [];
+  const consume = async () => {
+    for await (const part of answer) parts.push(part);
+  };
+  const data = { kind: "deadline_exceeded", retryable: false, deadlineMs: 3_000, neverStarted: false };
+  await assert.rejects(consume(), { name: "SidecarRequestError", code: 1010, kind: "deadline_exceeded", data });
+  assert(parts.length > 0);
+  await untilIdle();
+});
+
 test("text becomes tokens and the same text again", { timeout }, async () => {
   const text = "Größe 東京 🗼\n\u2028 end";
   const { tokens } = await sidecar.tokenize({ model, text, addSpecialTokens: false });

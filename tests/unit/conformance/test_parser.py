@@ -22,7 +22,16 @@ from mlx_sidecar.protocol.framing import Framing
 from mlx_sidecar.protocol.methods import CLIENT_NOTIFICATIONS, METHODS
 
 # No client can bring these about with any server and any model.
-NOT_PROVOKED = {"internal_error", "backend_unavailable", "unsupported", "slow_consumer", "overloaded"}
+NOT_PROVOKED = {
+    "internal_error",
+    "backend_unavailable",
+    "engine_failed",
+    "generation_failed",
+    "out_of_memory",
+    "unsupported",
+    "slow_consumer",
+    "overloaded",
+}
 
 
 def test_a_transcript_is_read_line_by_line() -> None:

@@ -3,6 +3,12 @@
 /** The version that `initialize` agrees on. */
 export const PROTOCOL_VERSION = 1;
 
+/** Whether sequences of a model are decoded together. If not, they take turns, and `reason` says why. */
+export interface Batching {
+  active: boolean;
+  reason?: string;
+}
+
 /** `calls` counts matrix products that MLX made through the faster library. */
 export interface BlasStats {
   active: boolean;
@@ -43,14 +49,20 @@ export type DtypeRequest = "auto" | "bfloat16" | "float16" | "float32" | "stored
 export type EngineState = "failed" | "ready" | "starting" | "stopping";
 
 /**
- * The inference thread. `steps` counts decode steps so far, `sequences` what waits or is decoded now.
+ * The inference thread. `steps` counts decode steps so far.
  *
- * `device` and what follows are absent until MLX has started, which took `startMs`.
+ * Of the `sequences` that there are now some are `waiting`, some `prefilling`, and the others `running`:
+ * these are decoded in `decodeGroups` of like length. `device` and what follows are absent until MLX has
+ * started, which took `startMs`.
  */
 export interface EngineStats {
   state: EngineState;
   steps: number;
   sequences: number;
+  waiting: WaitingStats;
+  prefilling: number;
+  running: number;
+  decodeGroups: number;
   device?: string;
   mlxVersion?: string;
   startMs?: number;
@@ -81,6 +93,16 @@ export interface ErrorData {
   maxSentFrameBytes?: number;
   /** Of `overloaded`. */
   maxInFlight?: number;
+  /** Of `overloaded`: try again then. */
+  retryAfterMs?: number;
+  /** Of `deadline_exceeded`. */
+  deadlineMs?: number;
+  /** Of `deadline_exceeded`: no time of the engine was spent on it. */
+  neverStarted?: boolean;
+  /** Of `out_of_memory`. */
+  neededBytes?: number;
+  /** Of `out_of_memory`. */
+  availableBytes?: number;
 }
 
 /** The response to a call that failed. `id` is null where the frame did not tell it. */
@@ -95,7 +117,10 @@ export type ErrorKind =
   | "backend_unavailable"
   | "cancelled"
   | "context_overflow"
+  | "deadline_exceeded"
   | "duplicate_id"
+  | "engine_failed"
+  | "generation_failed"
   | "internal_error"
   | "invalid_model"
   | "invalid_params"
@@ -104,6 +129,7 @@ export type ErrorKind =
   | "model_not_found"
   | "model_not_loaded"
   | "not_initialized"
+  | "out_of_memory"
   | "overloaded"
   | "parse_error"
   | "response_too_large"
@@ -137,6 +163,8 @@ export interface FlowControl {
  * top-k, top-p and min-p on the tempered distribution. `temperature` 0 takes the likeliest token, whatever
  * the truncations say. The repetition penalty looks at prompt and answer, the other two at the answer
  * only.
+ *
+ * None of `priority`, `deadlineMs` and `deduplicate` changes the answer.
  */
 export interface GenerateParams {
   model: string;
@@ -203,6 +231,15 @@ export interface GenerateParams {
    * @default []
    */
   stopTokenIds?: number[];
+  /** @default "normal" */
+  priority?: PriorityClass;
+  /** From the request's arrival to the end of its answer; then it is `deadline_exceeded`. */
+  deadlineMs?: number | null;
+  /**
+   * Whether work that is under way for an identical request may be shared.
+   * @default true
+   */
+  deduplicate?: boolean;
   /** Names a stream: a request that has one is answered by `$/progress` with it. */
   partialResultToken?: number | string;
 }
@@ -225,7 +262,8 @@ export interface GenerateProgress {
  * The end of a generation. `text` and `tokens` stand here only when it was not streamed.
  *
  * When it was, `lastSeq` is the `seq` of the last progress (0 if there was none) and `textBytes` the
- * length of all its text in UTF-8, so that a client can tell that it has everything.
+ * length of all its text in UTF-8, so that a client can tell that it has everything. `shared` says that
+ * its tokens were not computed for it, but for an identical request that came before and was under way.
  */
 export interface GenerateResult {
   finishReason: FinishReason;
@@ -235,6 +273,8 @@ export interface GenerateResult {
   tokens?: number[];
   lastSeq?: number;
   textBytes?: number;
+  /** @default false */
+  shared?: boolean;
 }
 
 /**
@@ -317,13 +357,22 @@ export interface LoadResult {
   pages?: PagesReport;
 }
 
-/** Of the process (by the operating system) and of MLX (by its allocator), in bytes. */
+/**
+ * Of the process (by the operating system) and of MLX (by its allocator), in bytes.
+ *
+ * Requests are let in as long as `weightsBytes`, what the models take, and `reservedBytes`, what those
+ * that were let in will take at their full length, stay within `budgetBytes`. All three are absent until
+ * MLX has started.
+ */
 export interface MemoryStats {
   residentBytes: number;
   peakResidentBytes: number;
   mlxActiveBytes: number;
   mlxCacheBytes: number;
   mlxPeakBytes: number;
+  budgetBytes?: number;
+  weightsBytes?: number;
+  reservedBytes?: number;
 }
 
 /** One turn of a chat. */
@@ -332,7 +381,11 @@ export interface Message {
   content: string;
 }
 
-/** One line of `models`; the numbers are absent until the model is ready. `inUse` counts its requests. */
+/**
+ * One line of `models`; the numbers are absent until the model is ready. `inUse` counts its requests.
+ *
+ * `batching` stands in `stats` only, and is about what has been tried so far.
+ */
 export interface ModelInfo {
   model: string;
   state: ModelState;
@@ -341,6 +394,7 @@ export interface ModelInfo {
   parameters?: number;
   contextLength?: number;
   bytes?: number;
+  batching?: Batching;
 }
 
 /** Requests for a model that is `loading` wait for it. */
@@ -391,6 +445,9 @@ export interface PingResult {
   lastStepAgeMs: number | null;
 }
 
+/** Who goes first; one that is passed over for long rises. */
+export type PriorityClass = "critical" | "high" | "low" | "normal";
+
 /** `token` is the `partialResultToken` of the request that this belongs to. */
 export interface ProgressParams {
   token: number | string;
@@ -416,12 +473,20 @@ export interface RequestFrame {
 /** Chosen by the client; no two requests in flight share one. Never a fraction, never null. */
 export type RequestId = number | string;
 
-/** Generations since the start. */
+/**
+ * Generations since the start. `shared` counts those that followed an identical one.
+ *
+ * `overloaded` and `deadlineExceeded` count those that ended with the error of that name; they are among
+ * the `failed`.
+ */
 export interface RequestStats {
   started: number;
   finished: number;
   cancelled: number;
   failed: number;
+  shared: number;
+  overloaded: number;
+  deadlineExceeded: number;
 }
 
 /** The response to a call that succeeded. */
@@ -468,7 +533,11 @@ export interface StreamAckParams {
   seq: number;
 }
 
-/** Measured where the work is done. `ttftMs` runs from the request's arrival to its first token. */
+/**
+ * Measured where the work is done. `ttftMs` runs from the request's arrival to its first token.
+ *
+ * Of a request that shared the work of another only what was done after it came is counted.
+ */
 export interface Timings {
   queueMs: number;
   prefillMs: number;
@@ -515,6 +584,14 @@ export interface UnloadResult {
 export interface Usage {
   promptTokens: number;
   completionTokens: number;
+}
+
+/** Sequences that wait to be let in, by their priority. */
+export interface WaitingStats {
+  critical: number;
+  high: number;
+  normal: number;
+  low: number;
 }
 
 /** Every method: what it takes and what it gives. */

@@ -2,20 +2,32 @@
 
 import queue
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 
+from mlx_sidecar.config.settings import Settings
 from mlx_sidecar.native.blas import Blas
-from mlx_sidecar.runtime.engine.sequence import Emission, Sampling, Sequence
+from mlx_sidecar.protocol.errors import EngineFailed, OutOfMemory
+from mlx_sidecar.runtime.engine.device import DeviceLost
+from mlx_sidecar.runtime.engine.sequence import BatchReport, Emission, Sampling, Sequence
 from mlx_sidecar.runtime.engine.thread import InferenceThread
+from mlx_sidecar.runtime.scheduling.memory import Footprint
 from mlx_sidecar.runtime.telemetry.vitals import Vitals
+
+SETTINGS = Settings(home=Path("/nowhere"), max_sequences=2, max_waiting=3, memory_budget_bytes=1 << 20)
 
 
 class ScriptedBatch:
     """Gives every sequence one token a step, up to its limit; fails where it is told to."""
 
+    footprint = Footprint(weights=1000, kv_per_token=0, kv_fixed=10, prefill_peak=0)
+    prefill_chunk_tokens = 16
+    prefilled = 0
+
     def __init__(self, *failures: str) -> None:
         self.failures = set(failures)
+        self.error: Exception | None = None
         self.rows: dict[Sequence, int] = {}
 
     def __len__(self) -> int:
@@ -46,9 +58,12 @@ class ScriptedBatch:
         self.rows.clear()
         return left
 
+    def report(self) -> BatchReport:
+        return BatchReport(0, len(self.rows), 1)
+
     def _may_fail(self, what: str) -> None:
         if what in self.failures:
-            raise RuntimeError(what)
+            raise self.error or RuntimeError(what)
 
 
 class Bench:
@@ -57,8 +72,9 @@ class Bench:
     def __init__(self) -> None:
         self.delivered: queue.Queue[Emission] = queue.Queue()
         self.deaths: queue.Queue[BaseException] = queue.Queue()
+        self.ends: dict[Sequence, Emission] = {}
         self.vitals = Vitals()
-        self.engine = InferenceThread(self._deliver, self.deaths.put, Blas(), self.vitals)
+        self.engine = InferenceThread(self._deliver, self.deaths.put, Blas(), self.vitals, SETTINGS)
         self.engine.start()
         self.engine.started().result(60)
 
@@ -72,10 +88,11 @@ class Bench:
         return sequence
 
     def end_of(self, sequence: Sequence) -> Emission:
-        while True:
+        while sequence not in self.ends:
             emission = self.delivered.get(timeout=10)
-            if emission.sequence is sequence and emission.finish is not None:
-                return emission
+            if emission.finish is not None:
+                self.ends[emission.sequence] = emission
+        return self.ends[sequence]
 
     def _deliver(self, emissions: list[Emission]) -> None:
         for emission in emissions:
@@ -119,6 +136,7 @@ def test_a_sequence_that_cannot_be_added_ends_alone(bench: Bench) -> None:
 def test_a_cancel_that_fails_ends_every_sequence_and_the_thread_goes_on(bench: Bench) -> None:
     batch = bench.attach("m", ScriptedBatch("remove"))
     sequence = bench.submit("m", 10**9)
+    assert bench.delivered.get(timeout=10).token == 1
     bench.engine.cancel(sequence)
     assert bench.end_of(sequence).finish == "failed"
     batch.failures.clear()
@@ -164,3 +182,62 @@ def test_a_thread_that_cannot_go_on_says_so_and_fails_every_sequence() -> None:
     assert bench.vitals.state == "failed"
     assert bench.engine.stop(10)
     assert bench.deaths.empty()
+
+
+def test_more_sequences_than_rows_wait_their_turn_and_the_line_says_when_it_is_full(bench: Bench) -> None:
+    bench.attach("m", ScriptedBatch())
+    running = [bench.submit("m", 10**9) for _ in range(SETTINGS.max_sequences)]
+    waiting = [bench.submit("m", 1) for _ in range(SETTINGS.max_waiting)]
+    bench.engine.run(lambda: None).result(10)
+    bench.engine.run(lambda: None).result(10)
+    report = bench.engine.report()
+    assert (sum(report.waiting.counts), report.batches["m"].running) == (3, 2)
+    assert (bench.engine.retry_after_ms("m") or 0) > 0
+    bench.engine.cancel(waiting[2])
+    assert bench.end_of(waiting[2]).finish == "cancelled"
+    assert bench.engine.retry_after_ms("m") is None
+    bench.engine.cancel(running[0])
+    assert bench.end_of(waiting[0]).finish == "length"
+    assert bench.end_of(waiting[1]).finish == "length"
+
+
+def test_what_can_never_fit_is_refused_and_costs_nobody_anything(bench: Bench) -> None:
+    bench.attach("m", ScriptedBatch())
+    large = ScriptedBatch()
+    large.footprint = Footprint(weights=1 << 19, kv_per_token=1 << 10, kv_fixed=0, prefill_peak=0)
+    bench.attach("large", large)
+    refused = bench.submit("large", 1000)
+    assert bench.end_of(refused).finish == "failed"
+    assert isinstance(refused.failure, OutOfMemory)
+    needed, available = refused.failure.data["neededBytes"], refused.failure.data["availableBytes"]
+    assert isinstance(needed, int)
+    assert isinstance(available, int)
+    assert needed > available
+    assert bench.end_of(bench.submit("m", 2)).finish == "length"
+
+
+def test_who_waits_for_memory_that_a_new_model_took_is_refused(bench: Bench) -> None:
+    hungry = ScriptedBatch()
+    hungry.footprint = Footprint(weights=0, kv_per_token=1 << 10, kv_fixed=0, prefill_peak=0)
+    bench.attach("m", hungry)
+    running, waiting = bench.submit("m", 500), bench.submit("m", 700)
+    larger = ScriptedBatch()
+    larger.footprint = Footprint(weights=1 << 19, kv_per_token=0, kv_fixed=0, prefill_peak=0)
+    bench.attach("other", larger)
+    assert bench.end_of(waiting).finish == "failed"
+    assert isinstance(waiting.failure, OutOfMemory)
+    assert bench.end_of(running).finish == "length"
+
+
+def test_a_lost_device_fails_every_sequence_with_an_error_worth_another_try() -> None:
+    bench = Bench()
+    bench.attach("sound", ScriptedBatch())
+    lost = ScriptedBatch()
+    lost.error = DeviceLost()
+    lost.failures.add("step")
+    bench.attach("lost", lost)
+    sequences = [bench.submit(model, 10**9) for model in ("sound", "lost")]
+    assert {bench.end_of(sequence).finish for sequence in sequences} == {"failed"}
+    assert all(isinstance(sequence.failure, EngineFailed) for sequence in sequences)
+    assert isinstance(bench.deaths.get(timeout=10), DeviceLost)
+    assert bench.engine.stop(10)

@@ -1,0 +1,23 @@
+"""What a model takes in memory: its weights, and what each of its sequences adds."""
+
+from typing import Any
+
+import mlx.core as mx
+
+from ..scheduling.memory import Footprint
+from .rows import Rows
+
+
+def footprint(model: Any, weights_bytes: int, chunk_tokens: int, padding_bytes: int) -> Footprint:
+    """Measure a model with a forward pass of one token.
+
+    The peak of a step is `padding_bytes`, what rows of different length may waste, and that of one token times
+    the tokens of a chunk. That is more than it will be: this pass computes logits, and a chunk does not.
+    """
+    rows = Rows(model)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(model(mx.array([[0]]), cache=rows.layers), rows.arrays())
+    per_token, fixed = rows.token_bytes()
+    peak = max(mx.get_peak_memory() - before - rows.nbytes, 0)
+    return Footprint(weights_bytes, per_token, fixed, padding_bytes + peak * chunk_tokens)

@@ -1,0 +1,122 @@
+"""Who is let in, and when: the line, the rows that a model has, and the memory, looked at together.
+
+Changed on the inference thread only. `retry_after_ms` and `first_token_seconds` may be asked on any thread;
+they look at single numbers.
+"""
+
+from collections.abc import Callable
+from typing import Generic
+
+from mlx_sidecar.protocol.errors import OutOfMemory
+
+from .forecast import Forecast
+from .item import ItemT
+from .memory import Footprint, MemoryBudget, MemoryReport
+from .waiting import Waiting, WaitingReport
+
+
+class _Desk:
+    """One model's rows and measurements."""
+
+    def __init__(self, most_rows: int, chunk_tokens: int) -> None:
+        self.free_rows = most_rows
+        self.forecast = Forecast(chunk_tokens)
+
+
+class Admission(Generic[ItemT]):
+    """Keeps the line and lets in whoever is next, as far as there are rows and memory."""
+
+    def __init__(self, *, budget_bytes: int, most_waiting: int, ageing_seconds: float) -> None:
+        self._memory: MemoryBudget[ItemT] = MemoryBudget(budget_bytes)
+        self._waiting: Waiting[ItemT] = Waiting(ageing_seconds)
+        self._most_waiting = most_waiting
+        self._desks: dict[str, _Desk] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def open(self, model: str, footprint: Footprint, *, most_rows: int, chunk_tokens: int) -> None:
+        """Let sequences of a model in from now on."""
+        self._desks[model] = _Desk(most_rows, chunk_tokens)
+        self._memory.set_model(model, footprint)
+
+    def close(self, model: str) -> list[ItemT]:
+        """Let nobody in any more, and return those who waited. Whoever ran must have left."""
+        left = [item for item in self._waiting if item.model == model]
+        for item in left:
+            self._waiting.remove(item)
+        self._memory.forget_model(model)
+        self._desks.pop(model, None)
+        return left
+
+    def put(self, item: ItemT) -> None:
+        """Let an item wait.
+
+        Raises:
+            OutOfMemory: it would wait for ever.
+        """
+        if not self._can_ever(item):
+            raise self.out_of_memory(item)
+        self._waiting.put(item)
+
+    def out_of_memory(self, item: ItemT) -> OutOfMemory:
+        """Return the error for an item that there will be no memory for."""
+        needed = self._memory.needed(item.model, len(item.prompt), item.max_tokens)
+        return OutOfMemory(needed, max(self._memory.available_bytes, 0))
+
+    def refuse_hopeless(self) -> list[ItemT]:
+        """Let those wait no longer who can never fit beside the models in memory now, and return them."""
+        left = [item for item in self._waiting if not self._can_ever(item)]
+        for item in left:
+            self._waiting.remove(item)
+        return left
+
+    def withdraw(self, item: ItemT) -> bool:
+        """Let an item wait no longer; return whether it waited."""
+        return self._waiting.remove(item)
+
+    def admit(self, let_in: Callable[[ItemT], None]) -> None:
+        """Let in whoever can run now, the most urgent first."""
+        while len(self._waiting):
+            open_models = {model for model, desk in self._desks.items() if desk.free_rows}
+            item = self._waiting.take(open_models, self._memory.reserve)
+            if item is None:
+                return
+            self._desks[item.model].free_rows -= 1
+            let_in(item)
+
+    def left(self, item: ItemT, completion_tokens: int) -> None:
+        """Take back the row and the memory of one that was let in; nothing if it was not."""
+        desk = self._desks.get(item.model)
+        if desk is None or not self._memory.release(item):
+            return
+        desk.free_rows += 1
+        desk.forecast.note_finished(len(item.prompt), completion_tokens)
+        self._waiting.charge(item, completion_tokens)
+
+    def note_step(self, model: str, seconds: float, prefilled: int) -> None:
+        """Take in a step of a model that waited for a decode step or for `prefilled` prompt tokens."""
+        forecast = self._desks[model].forecast
+        if prefilled:
+            forecast.note_prefill(prefilled, seconds)
+        else:
+            forecast.note_decode(seconds)
+
+    def retry_after_ms(self, model: str, running: int) -> int | None:
+        """Return None if there is room in the line, or when there will likely be."""
+        places = len(self._waiting) - self._most_waiting + 1
+        if places <= 0 or (desk := self._desks.get(model)) is None:
+            return None
+        return desk.forecast.retry_after_ms(places, running)
+
+    def first_token_seconds(self, model: str, prompt_tokens: int) -> float:
+        """Return the least time in which a first token can come; 0 while nothing is known."""
+        desk = self._desks.get(model)
+        return 0.0 if desk is None else desk.forecast.first_token_seconds(0, prompt_tokens)
+
+    def report(self) -> tuple[WaitingReport, MemoryReport]:
+        """Return the state of the line and of the memory."""
+        return self._waiting.report(), self._memory.report()
+
+    def _can_ever(self, item: ItemT) -> bool:
+        return self._memory.can_ever(item.model, len(item.prompt), item.max_tokens)
