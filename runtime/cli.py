@@ -70,7 +70,46 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
         default=_DEFAULTS.eof_grace_seconds,
         help="how long accepted requests may still run after a client's last word (default: %(default)s)",
     )
+    _add_engine_limits(serve)
     serve.set_defaults(run=_serve)
+
+
+def _add_engine_limits(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument(
+        "--max-sequences",
+        type=_count,
+        metavar="N",
+        default=_DEFAULTS.max_sequences,
+        help="sequences of a model that run at the same time (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--max-waiting",
+        type=_count,
+        metavar="N",
+        default=_DEFAULTS.max_waiting,
+        help="requests that may wait for their turn; one more is `overloaded` (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--memory-budget",
+        type=_count,
+        metavar="BYTES",
+        default=_DEFAULTS.memory_budget_bytes,
+        help="what weights and caches may take together (default: nine tenths of the device's memory)",
+    )
+    serve.add_argument(
+        "--stall-timeout",
+        type=_seconds,
+        metavar="SECONDS",
+        default=_DEFAULTS.stall_seconds,
+        help="a step that takes longer ends the process, with code 70 (default: %(default)s)",
+    )
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return count
 
 
 def _seconds(text: str) -> float:
@@ -116,6 +155,10 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
         log_level=arguments.log_level,
         log_format=arguments.log_format,
         eof_grace_seconds=arguments.eof_grace,
+        max_sequences=arguments.max_sequences,
+        max_waiting=arguments.max_waiting,
+        memory_budget_bytes=arguments.memory_budget,
+        stall_seconds=arguments.stall_timeout,
     )
     framing = Framing(arguments.framing) if arguments.framing else None
     serve(settings, Endpoint(arguments.pipe, arguments.listen, arguments.listen_fds, framing))

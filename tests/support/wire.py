@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -132,10 +132,15 @@ class Talk:
 class Sidecar:
     """A `mlx-sidecar serve` process. It is killed at the end of the block, if it still runs then."""
 
-    def __init__(self, *arguments: str | Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *arguments: str | Path,
+        command: Sequence[str] = (COMMAND,),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__()
         self.process = subprocess.Popen(
-            [COMMAND, "serve", *arguments],
+            [*command, "serve", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -175,8 +180,13 @@ class Sidecar:
 class Wire(Sidecar, Talk):
     """A server on stdin and stdout, and its host. Every stdout line must be JSON."""
 
-    def __init__(self, *arguments: str | Path, env: Mapping[str, str] | None = None) -> None:
-        super().__init__(*arguments, env=env)
+    def __init__(
+        self,
+        *arguments: str | Path,
+        command: Sequence[str] = (COMMAND,),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(*arguments, command=command, env=env)
         self._lines: queue.Queue[bytes | None] = queue.Queue()
         self.threads.append(threading.Thread(target=self._read_lines))
         self.threads[-1].start()
