@@ -39,7 +39,7 @@ def measure() -> dict[str, float]:
     device = start_mlx(blas)
     import mlx.core as mx
 
-    from mlx_sidecar.runtime.engine.batch import MlxLmBatch
+    from mlx_sidecar.runtime.engine.model_batch import ModelBatch
     from mlx_sidecar.runtime.engine.sequence import Sampling, Sequence
     from mlx_sidecar.runtime.models.loader import load_network
 
@@ -52,9 +52,7 @@ def measure() -> dict[str, float]:
 
     folder = ModelStore(default_home(os.environ)).find(MODEL)
     assert folder is not None, "run: make demo"
-    batch = MlxLmBatch(
-        load_network(folder, "auto", device.kind).module, max_sequences=1, prefill_chunk_tokens=128
-    )
+    batch = ModelBatch(load_network(folder, "auto", device.kind).module, prefill_chunk_tokens=128)
     sequence = Sequence("", [5] * PROMPT_TOKENS, NEW_TOKENS, Sampling(), frozenset(), lambda _: None)
     batch.add(sequence)
     while len(batch):

@@ -17,8 +17,9 @@ from typing import Any
 
 from mlx_sidecar.protocol import messages as m
 from mlx_sidecar.runtime import cli
-from mlx_sidecar.runtime.engine.sequence import Emission, Sequence
+from mlx_sidecar.runtime.engine.sequence import BatchReport, Emission, Sequence
 from mlx_sidecar.runtime.models import registry
+from mlx_sidecar.runtime.scheduling.memory import Footprint
 
 # Ordinary words of the demo model's vocabulary.
 WORDS = range(1000, 1512)
@@ -26,6 +27,10 @@ WORDS = range(1000, 1512)
 
 class FakeBatch:
     """A batch whose steps cost nothing; see `runtime.engine.batch.Batch`."""
+
+    footprint = Footprint(weights=0, kv_per_token=0, kv_fixed=0, prefill_peak=0)
+    prefill_chunk_tokens = 2048
+    prefilled = 0
 
     def __init__(self) -> None:
         pace = os.environ.get("TOKENS_PER_SECOND")
@@ -65,6 +70,10 @@ class FakeBatch:
         left = list(self._rows)
         self._rows.clear()
         return left
+
+    def report(self) -> BatchReport:
+        """Return what is being done."""
+        return BatchReport(0, len(self._rows), 1)
 
     def taken(self) -> None:
         """Say that the event loop has taken a step."""

@@ -72,7 +72,7 @@ async function throughput() {
     const cpu = cpuSeconds(client.pid);
     const began = performance.now();
     const one = () =>
-      client.generate({ model, tokens: [1], maxTokens: count }, (part) => {
+      client.generate({ model, tokens: [1], maxTokens: count, deduplicate: false }, (part) => {
         frames += 1;
         tokens += part.tokens.length;
       });
@@ -87,7 +87,7 @@ async function throughput() {
 async function ping() {
   const sidecar = how === "stdio" ? await Sidecar.spawn({ command: python, args: serve }) : await Sidecar.connect(how);
   await sidecar.load(model);
-  const answers = Array.from({ length: streams }, () => sidecar.generate({ model, tokens: [1], maxTokens: 2 ** 30 }));
+  const answers = Array.from({ length: streams }, () => sidecar.generate({ model, tokens: [1], maxTokens: 2 ** 30, deduplicate: false }));
   const read = answers.map(async (answer) => {
     for await (const _ of answer);
   });

@@ -102,6 +102,7 @@ class _Client:
     def generate(self, streams: int) -> None:
         for stream in range(1, streams + 1):
             params = {"model": MODEL, "tokens": [1], "maxTokens": 2**30, "partialResultToken": stream}
+            params["deduplicate"] = False
             self._send(stream, "generate", params)
 
     def read_for_ever(self) -> None:

@@ -50,6 +50,7 @@ def _draw(figures: Figures, counts: tuple[int, ...], path: Path) -> None:
 
     rates = {"prompts included": medians("total tokens/s")}
     memory = {"MLX's peak": medians("MLX peak MiB"), "resident": medians("resident MiB")}
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_charts(
         path,
         [

@@ -82,6 +82,11 @@ class Side:
         """Let the peak begin again at what it holds now; Linux only."""
         Path(f"/proc/{self.ready.pid}/clear_refs").write_text("5")
 
+    def processor_seconds(self) -> float:
+        """Return what all threads of the process with the model have computed so far; Linux only."""
+        fields = Path(f"/proc/{self.ready.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def end(self) -> None:
         """Let it end in order, or kill it in the middle of an answer."""
         assert self._process.stdin is not None

@@ -10,6 +10,7 @@ import sys
 
 import anyio
 from child import say
+from msgspec.structs import astuple
 from sidecar_python import COMMAND
 
 from mlx_sidecar.client import Sidecar
@@ -22,7 +23,8 @@ MAX_TOKENS = 8000
 async def main() -> None:
     """Print the KiB per waiting stream."""
     model, dtype, running, waiting = sys.argv[1:]
-    async with Sidecar.spawn(COMMAND, start_timeout=120) as sidecar:
+    command = (*COMMAND, "--max-sequences", running)
+    async with Sidecar.spawn(command, start_timeout=120) as sidecar:
         await sidecar.load(model, dtype=dtype)
 
         def begin(number: int) -> Generation:
@@ -39,6 +41,9 @@ async def main() -> None:
         while after.engine.sequences < len(streams):
             await anyio.sleep(0.01)
             after = await sidecar.stats()
+    in_line = sum(astuple(after.engine.waiting))
+    if in_line != int(waiting):
+        sys.exit(f"{in_line} streams wait, and not {waiting}: the others ended, or run")
     grown = after.memory.resident_bytes - before.memory.resident_bytes
     say({"kibPerStream": grown / 1024 / int(waiting)})
 

@@ -5,12 +5,13 @@ the device does. A sequence that ended is therefore in one more step, whose toke
 """
 
 from collections.abc import Container
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
 from .row_sampler import RowSampler
 from .rows import Rows
+from .self_check import Step
 from .sequence import Sequence
 
 _EVALUATE_ALL_EVERY = 64
@@ -26,55 +27,65 @@ class Chosen(NamedTuple):
     usable: bool
 
 
-class _Step(NamedTuple):
-    sequences: list[Sequence]
+class _Dispatched(NamedTuple):
+    slots: list[Sequence | None]
     chosen: mx.array
 
 
 class DecodeBatch:
     """Rows of one model that advance together. Inference thread only.
 
-    An exception out of any method leaves it in no state to go on: its sequences must begin again.
+    A row whose sequence has ended may stay, with nobody in its slot, where that spares the step a new shape.
+    An exception out of any method leaves the batch in no state to go on: its sequences must begin again.
     """
 
-    def __init__(self, model: Any, sequences: list[Sequence], rows: Rows) -> None:
+    def __init__(self, step: Step, sequences: list[Sequence], rows: Rows) -> None:
         """Begin with `rows` that hold each sequence's tokens but the last one."""
-        self.sequences = sequences
         self.rows = rows
-        self._model = model
+        self._slots: list[Sequence | None] = list(sequences)
+        self._step = step
         self._sampler = RowSampler(sequences)
         self._inputs = mx.array([sequence.last_token for sequence in sequences])
         self._asked = [len(sequence.tokens) for sequence in sequences]
-        self._dispatched: list[_Step] = []
-        self._unread: list[_Step] = []
+        self._dispatched: list[_Dispatched] = []
+        self._unread: list[_Dispatched] = []
         self._steps = 0
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Whoever is decoded here."""
+        return [sequence for sequence in self._slots if sequence is not None]
 
     def settle(self, live: Container[Sequence]) -> bool:
         """Drop the sequences that have ended or will have with what is unread; return whether any is left."""
-        stay = [
-            row
-            for row, (sequence, asked) in enumerate(zip(self.sequences, self._asked, strict=True))
-            if sequence in live and asked < sequence.max_tokens
+        self._slots = [
+            sequence if sequence is not None and sequence in live and asked < sequence.max_tokens else None
+            for sequence, asked in zip(self._slots, self._asked, strict=True)
         ]
-        if stay and len(stay) < len(self.sequences):
-            self.rows.keep(stay)
-            self._sampler.keep(stay)
-            self._inputs = self._inputs[mx.array(stay)]
-        if len(stay) < len(self.sequences):
-            self.sequences = [self.sequences[row] for row in stay]
-            self._asked = [self._asked[row] for row in stay]
-        return bool(stay)
+        return any(self._slots)
+
+    def arrange(self) -> None:
+        """Give up rows that nobody needs, or add some, so that the step has a shape that it likes."""
+        taken = [row for row, sequence in enumerate(self._slots) if sequence is not None]
+        count = self._step.rows_for(len(taken))
+        if count == len(self._slots):
+            return
+        rows = taken + taken[:1] * (count - len(taken))
+        self.rows.keep(rows)
+        self._sampler.keep(rows)
+        self._inputs = self._inputs[mx.array(rows)]
+        self._asked = [self._asked[row] for row in rows]
+        self._slots = [self._slots[row] for row in taken] + [None] * (count - len(taken))
 
     def dispatch(self) -> None:
         """Hand the next step to the device."""
         self._steps += 1
-        logits = self._model(self._inputs[:, None], cache=self.rows.layers)[:, -1]
-        chosen = self._sampler(logits)
+        chosen = self._sampler(self._step(self._inputs, self.rows))
         self._inputs = chosen[0]
         self._asked = [asked + 1 for asked in self._asked]
         others = self.rows.arrays() if self._steps % _EVALUATE_ALL_EVERY == 0 else ()
         mx.async_eval(chosen, *others)
-        self._dispatched.append(_Step(self.sequences, chosen))
+        self._dispatched.append(_Dispatched(self._slots, chosen))
 
     def read(self) -> list[Chosen]:
         """Return what the steps before the last dispatched one gave, waiting for them."""
@@ -83,7 +94,9 @@ class DecodeBatch:
 
     def awaits(self, live: Container[Sequence]) -> bool:
         """Return whether what is unread holds anything for a sequence in `live`."""
-        return any(sequence in live for step in self._unread for sequence in step.sequences)
+        return any(
+            sequence is not None and sequence in live for step in self._unread for sequence in step.slots
+        )
 
     def join(self, other: "DecodeBatch") -> None:
         """Take in the rows of another batch, and what of it is unread. It is used up."""
@@ -92,12 +105,13 @@ class DecodeBatch:
         self._sampler.extend(other._sampler)
         self._inputs = mx.concatenate([self._inputs, other._inputs])
         self._asked += other._asked
-        self.sequences = [*self.sequences, *other.sequences]
+        self._slots = [*self._slots, *other._slots]
 
 
-def _read(step: _Step) -> list[Chosen]:
+def _read(step: _Dispatched) -> list[Chosen]:
     tokens, flaws = cast(list[list[int]], step.chosen.tolist())
     return [
         Chosen(sequence, token, not flaw)
-        for sequence, token, flaw in zip(step.sequences, tokens, flaws, strict=True)
+        for sequence, token, flaw in zip(step.slots, tokens, flaws, strict=True)
+        if sequence is not None
     ]

@@ -1,6 +1,7 @@
 """The device that MLX runs on: how much memory it has, and what an exception out of it means."""
 
 import os
+
 import mlx.core as mx
 
 _SHARE = 0.9

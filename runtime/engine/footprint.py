@@ -11,8 +11,8 @@ from .rows import Rows
 def footprint(model: Any, weights_bytes: int, chunk_tokens: int, padding_bytes: int) -> Footprint:
     """Measure a model with a forward pass of one token.
 
-    The peak of a step is `padding_bytes`, what rows of different length may waste, and that of one token times
-    the tokens of a chunk. That is more than it will be: this pass computes logits, and a chunk does not.
+    The peak of a step is `padding_bytes`, what rows of different length may waste, and that of one token
+    times the tokens of a chunk; which is more than it is, as this pass computes logits and a chunk does not.
     """
     rows = Rows(model)
     before = mx.get_active_memory()

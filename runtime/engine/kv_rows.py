@@ -13,6 +13,9 @@ from mlx_lm.models.base import create_causal_mask
 GROWTH = 256
 """Positions by which the buffers grow, as in mlx-lm's caches."""
 
+_LONG, _GROWTH_OF_LONG = 2048, 1024
+"""From where on they grow faster: every size of a buffer is another graph to compile."""
+
 
 class Layout:
     """Where rows begin. They all end at the same position, so shorter ones are padded on the left."""
@@ -20,6 +23,8 @@ class Layout:
     def __init__(self, padding: list[int]) -> None:
         self.padding = padding
         self._offsets: tuple[int, int | mx.array] = (-1, 0)
+        self._ends: tuple[int, mx.array] | None = None
+        self._starts: mx.array | None = None
         self._left = mx.array(padding) if any(padding) else None
 
     @property
@@ -35,6 +40,23 @@ class Layout:
             # One array for all layers: every layer asks at the same end.
             self._offsets = (end, end - self._left)
         return self._offsets[1]
+
+    @property
+    def starts(self) -> mx.array:
+        """Where each row begins, int32, on the device; longer than (B,), see `_on_device`."""
+        if self._starts is None:
+            self._starts = _on_device(self.padding)
+        return self._starts
+
+    def ends(self, end: int) -> mx.array:
+        """Return `end` for every row, as `starts`."""
+        if self._ends is None or self._ends[0] != end:
+            self._ends = (end, _on_device([end] * len(self.padding)))
+        return self._ends[1]
+
+    def set_ends(self, end: int, ends: mx.array) -> None:
+        """Keep what `ends` will be asked for, because it is there already."""
+        self._ends = (end, ends)
 
     def mask(self, length: int, end: int, window_size: int | None, *, return_array: bool) -> Any:
         """Return the attention mask of `length` tokens behind `end`, as mlx-lm's models take it."""
@@ -107,6 +129,19 @@ class KVRows:
             return self.keys, self.values
         return self.keys[..., : self._end, :], self.values[..., : self._end, :]
 
+    def room_for_one(self) -> list[mx.array]:
+        """Return the buffers, with room for one more token of every row. Something must have been written."""
+        assert self.keys is not None
+        assert self.values is not None
+        if self._end == self.keys.shape[2]:
+            self.keys = _grown(self.keys, self._end, self._end + 1)
+            self.values = _grown(self.values, self._end, self._end + 1)
+        return [self.keys, self.values]
+
+    def advance(self) -> None:
+        """Take note that somebody has written a token behind the last."""
+        self._end += 1
+
     def join(self, other: "KVRows", layout: Layout) -> None:
         """Take the rows of `other` in, behind our own; `layout` is that of the result."""
         assert self.keys is not None
@@ -124,6 +159,10 @@ class KVRows:
             self.values = self.values[..., unused:, :][rows]
         self._end, self.layout = self._end - unused, layout
 
+    def end_at(self, end: int) -> None:
+        """Forget what stands behind `end`."""
+        self._end = min(self._end, end)
+
     def shift(self, by: mx.array, layout: Layout) -> None:
         """Move each row (B,) positions towards the end, over what stands there."""
         if self.keys is not None and self.values is not None:
@@ -131,6 +170,12 @@ class KVRows:
             self.keys = mx.take_along_axis(self.keys, source, axis=2)
             self.values = mx.take_along_axis(self.values, source, axis=2)
         self.layout = layout
+
+
+def _on_device(numbers: list[int]) -> mx.array:
+    # MLX keeps what is no longer than eight bytes in the host's memory, as it does what is made of Python
+    # numbers; a kernel would fetch it over the bus for every block.
+    return mx.array([*numbers, 0, 0], mx.int32) + 0
 
 
 def _room_for(new: mx.array, end: int) -> mx.array:
@@ -155,4 +200,5 @@ def _stacked(first: mx.array, first_end: int, second: mx.array, second_end: int)
 
 
 def _rounded(positions: int) -> int:
-    return -(-positions // GROWTH) * GROWTH
+    growth = GROWTH if positions <= _LONG else _GROWTH_OF_LONG
+    return -(-positions // growth) * growth

@@ -41,6 +41,10 @@ def start_mlx(blas: Blas) -> Device:
     blas.confirm(lambda: mx.eval(mx.ones((32, 32)) @ mx.ones((32, 32))))
     _import_mlx_lm()
     kind = _device_kind()
+    if kind == "cuda":
+        from .compiled_step import attend_in_place
+
+        attend_in_place()
     if kind == "cpu":
         # On a CPU it would start a C++ compiler at run time, for over a second for each new expression, and
         # load the result from a folder in /tmp. It makes decoding no faster.

@@ -20,9 +20,9 @@ from .decode import Chosen, DecodeBatch
 from .device import DeviceLost, device_works, is_out_of_memory
 from .footprint import footprint
 from .pace import LEAST_TOKENS, Pace
-from .prefill import Prefill, next_together
+from .prefill import CUDA_SHAPES, Prefill, next_together
 from .rows import plain_only
-from .self_check import why_alone
+from .self_check import fastest_step, why_alone
 from .sequence import BatchReport, Emission, FinishReason, Sequence
 
 log = logging.getLogger("engine")
@@ -37,11 +37,13 @@ class ModelBatch:
     """Runs sequences of one model; see `Batch`. Inference thread only."""
 
     def __init__(self, model: Any, *, prefill_chunk_tokens: int) -> None:
-        self._model = model
+        self.model = model
         self.prefill_chunk_tokens = prefill_chunk_tokens
         self.prefilled = 0
         self._pace = Pace(prefill_chunk_tokens)
+        self._step, self.why_not_compiled = fastest_step(model)
         self._plain = plain_only(model)
+        self.prefill_shapes = CUDA_SHAPES if self._plain and mx.cuda.is_available() else ()
         self._live: set[Sequence] = set()
         self._suspects: set[Sequence] = set()
         self._waiting: deque[Sequence] = deque()
@@ -89,7 +91,7 @@ class ModelBatch:
         self._settle()
         self._join()
         for batch in list(self._decoding):
-            self._guarded(batch, batch.dispatch)
+            self._guarded(batch, lambda batch=batch: _dispatch(batch))
         decoding = bool(self._decoding)
         # What is read now is behind the chunk of the step before.
         self.prefilled, self._dispatched_prompt = self._dispatched_prompt, 0
@@ -107,7 +109,7 @@ class ModelBatch:
     def report(self) -> BatchReport:
         """Return what is being done; any thread may ask."""
         running = sum(len(batch.sequences) for batch in list(self._decoding))
-        return BatchReport(max(len(self._live) - running, 0), running, len(self._decoding))
+        return BatchReport(max(len(self._live) - running, 0), running, len(self._decoding), self._why_alone)
 
     @property
     def why_alone(self) -> str | None:
@@ -131,7 +133,7 @@ class ModelBatch:
         """Bring batches together where one pass over the weights costs more than the padding between them."""
         joined: list[DecodeBatch] = []
         if len(self._decoding) > 1 and not self._checked:
-            self._why_alone, self._checked = why_alone(self._model), True
+            self._why_alone, self._checked = why_alone(self.model), True
         for batch in self._decoding:
             host = None if self._alone(batch) else next((b for b in joined if self._fit(b, batch)), None)
             if host is None:
@@ -182,7 +184,7 @@ class ModelBatch:
         if prefill.remaining:
             self._prefills.append(prefill)
         else:
-            self._decoding.append(prefill.finish())
+            self._decoding.append(DecodeBatch(self._step, prefill.sequences, prefill.finish()))
         return done
 
     def _next_prefill(self) -> Prefill | None:
@@ -193,7 +195,7 @@ class ModelBatch:
     def _begin(self) -> Prefill:
         together = self._plain and self._why_alone is None and self._waiting[0] not in self._suspects
         most = self.prefill_chunk_tokens if together else 0
-        return Prefill(self._model, next_together(self._waiting, most, self._suspects))
+        return Prefill(self.model, next_together(self._waiting, most, self._suspects), self.prefill_shapes)
 
     def _read(self, batch: DecodeBatch) -> None:
         for chosen in batch.read():
@@ -267,6 +269,11 @@ class ModelBatch:
         self._prefills.clear()
         self._decoding.clear()
         self._ending.clear()
+
+
+def _dispatch(batch: DecodeBatch) -> None:
+    batch.arrange()
+    batch.dispatch()
 
 
 def _arrays(model: Any) -> list[tuple[str, mx.array]]:

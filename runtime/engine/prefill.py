@@ -11,16 +11,20 @@ from typing import Any
 
 import mlx.core as mx
 
-from .decode import DecodeBatch
 from .rows import Rows
 from .sequence import Sequence
+
+CUDA_SHAPES = (128, 512, 2048)
+"""Lengths of chunks on CUDA, where cuDNN plans for every new shape, for up to 0.1 s."""
 
 
 class Prefill:
     """Some sequences whose tokens, all but the last, go through the model. Inference thread only."""
 
-    def __init__(self, model: Any, sequences: list[Sequence]) -> None:
+    def __init__(self, model: Any, sequences: list[Sequence], shapes: tuple[int, ...] = ()) -> None:
+        """Begin. Chunks have one of the lengths `shapes`, the last one padded, or any if there are none."""
         self.sequences = sequences
+        self._shapes = shapes
         self._model = model
         self._rows = Rows(model, len(sequences))
         self._lengths = [sequence.length - 1 for sequence in sequences]
@@ -35,26 +39,34 @@ class Prefill:
     @property
     def remaining(self) -> int:
         """Positions that are still to be gone through, in each row."""
-        return self._tokens.shape[1] - self._done
+        return max(self._tokens.shape[1] - self._done, 0)
 
     def advance(self, tokens: int) -> int:
         """Hand the next chunk to the device, at most `tokens` over all rows; return how many those are."""
         # Not more than one chunk ahead of the device: what is under way cannot be cancelled.
         mx.eval(self._rows.arrays())
-        rows = len(self.sequences)
-        size = max(tokens // rows, 1)
-        # A chunk costs a pass over the weights, however short: no small rest is left for another.
-        if self.remaining <= size + size // 2:
-            size = self.remaining
-        self._model(self._tokens[:, self._done : self._done + size], cache=self._rows.layers)
+        size = self._size(max(tokens // len(self.sequences), 1))
+        chunk = self._tokens[:, self._done : self._done + size]
+        if chunk.shape[1] < size:
+            chunk = mx.pad(chunk, [(0, 0), (0, size - chunk.shape[1])])
+        self._model(chunk, cache=self._rows.layers)
         mx.async_eval(self._rows.arrays())
         self._done += size
-        return size * rows
+        return size * len(self.sequences)
 
-    def finish(self) -> DecodeBatch:
-        """Return the batch that decodes from here."""
+    def _size(self, most: int) -> int:
+        # A chunk costs a pass over the weights, however short: no small rest is left for another.
+        whole = self.remaining <= most + most // 2
+        if not self._shapes:
+            return self.remaining if whole else most
+        if whole and self.remaining <= self._shapes[-1]:
+            return next(shape for shape in self._shapes if shape >= self.remaining)
+        return max((shape for shape in self._shapes if shape <= most), default=self._shapes[0])
+
+    def finish(self) -> Rows:
+        """Return the caches, which hold every token but the last."""
         self._rows.end_at(self._lengths)
-        return DecodeBatch(self._model, self.sequences, self._rows)
+        return self._rows
 
 
 def next_together(waiting: deque[Sequence], most_tokens: int, alone: Container[Sequence]) -> list[Sequence]:
@@ -71,4 +83,7 @@ def next_together(waiting: deque[Sequence], most_tokens: int, alone: Container[S
         if longest * (len(taken) + 1) > most_tokens or longest > 2 * shortest:
             break
         taken.append(waiting.popleft())
+    # As few numbers of rows as lengths of chunks, and for the same reason.
+    while len(taken) & (len(taken) - 1):
+        waiting.appendleft(taken.pop())
     return taken

@@ -5,7 +5,7 @@ MLX writes the head of each kernel: a pointer for every input and output by its 
 """
 
 ATTEND = """
-  // A key is held by LANES neighbouring lanes, VECTOR elements each; a warp holds 32 / LANES keys, UNROLL times.
+  // LANES neighbouring lanes hold a key, VECTOR elements each; a warp holds 32 / LANES keys, UNROLL times.
   constexpr int VECTOR = sizeof(T) == 4 && D <= 128 ? 4 : 8;
   constexpr int LANES = D / VECTOR > 16 ? 32 : D / VECTOR > 8 ? 16 : D / VECTOR > 4 ? 8 : 4;
   constexpr int UNROLL = 4, KEYS = 32 / LANES, STRIDE = WARPS * UNROLL * KEYS;
@@ -124,7 +124,7 @@ ATTEND = """
     FINISH
   }
 """
-"""`APPEND` stands for `WRITE_NEW` or nothing, `FINISH` for `ALL_KEYS` or, if the keys are split, `SOME_KEYS`."""
+"""`APPEND` stands for `WRITE_NEW` or nothing, `FINISH` for `ALL_KEYS`, or `SOME_KEYS` if they are split."""
 
 WRITE_NEW = """
   if (from < to && to == last) {
@@ -134,7 +134,7 @@ WRITE_NEW = """
       const_cast<T*>(k)[(last - 1) * keys_strides[2] + d] = new_k[d * new_keys_strides[3]];
       const_cast<T*>(v)[(last - 1) * values_strides[2] + d] = new_v[d * new_values_strides[3]];
     }
-    // All threads of this block read them, and no other block of this head and row does.
+    // This block reads them; others that share the key head write the same.
     __syncthreads();
   }
 """

@@ -22,15 +22,15 @@ class Rows:
     def __init__(self, model: nn.Module, count: int = 1) -> None:
         """Begin `count` empty rows. More than one is for models with plain KV caches only."""
         self.count = count
-        self._layout = Layout([0] * count)
+        self.layout = Layout([0] * count)
         self.layers: list[Any] = [
-            KVRows(self._layout) if type(layer) is KVCache else layer for layer in _new_caches(model)
+            KVRows(self.layout) if type(layer) is KVCache else layer for layer in _new_caches(model)
         ]
 
     @property
     def padding(self) -> list[int]:
         """Positions that each row's plain KV caches hold before it begins."""
-        return self._layout.padding
+        return self.layout.padding
 
     @property
     def empty(self) -> bool:
@@ -97,7 +97,7 @@ class Rows:
                 merged = _as_batch(ours, self.count)
                 merged.extend(_as_batch(theirs, other.count))
                 self.layers[position] = merged
-        self._layout, self.count = layout, self.count + other.count
+        self.layout, self.count = layout, self.count + other.count
 
     def keep(self, rows: list[int]) -> None:
         """Keep some rows, in the order given; at least one."""
@@ -112,17 +112,19 @@ class Rows:
                 self.layers[position] = layer.extract(rows[0]) if self.count > 1 else layer
             else:
                 layer.filter(indices)
-        self._layout, self.count = layout, len(rows)
+        self.layout, self.count = layout, len(rows)
 
     def end_at(self, lengths: list[int]) -> None:
         """Drop what each row holds behind its length, by moving it to the common end."""
-        end = self.end
+        end = max(lengths)
+        for layer in self._plain():
+            layer.end_at(end)
         padding = [end - length for length in lengths]
         if any(padding):
-            self._layout = Layout(padding)
+            self.layout = Layout(padding)
             by = mx.array(padding)
             for layer in self._plain():
-                layer.shift(by, self._layout)
+                layer.shift(by, self.layout)
 
     def _position_bytes(self) -> int:
         return sum(layer.position_bytes for layer in self._plain())

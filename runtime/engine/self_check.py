@@ -1,4 +1,4 @@
-"""Whether a model may run several sequences in one batch: tried, not believed.
+"""Whether a model may run several sequences in one batch, and in which way: tried, not believed.
 
 Some models' code takes no padded rows: it raises, or mixes rows up without a word. So before the first
 request rows of different length go through the model alone and together, and must come out the same.
@@ -9,9 +9,12 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from .compiled_step import CompiledStep, PlainStep, why_not_compiled
 from .rows import Rows, why_not_batched
 
 log = logging.getLogger("engine")
+
+Step = PlainStep | CompiledStep
 
 _LENGTHS = (9, 4, 6)
 _MOST_ERROR = {mx.float32: 1e-3}
@@ -26,25 +29,42 @@ def why_alone(model: Any) -> str | None:
     if reason is not None:
         return reason
     try:
-        error = _error_of_a_batch(model)
+        alone = mx.concatenate([_next_logits(model, _prefilled(model, length)) for length in _LENGTHS])
+        same = _are_same(alone, _next_logits(model, _together(model)))
     except Exception as exception:
         log.info("the model's code raised on rows of different length", exc_info=exception)
         return "its code does not take rows of different length"
-    # Turned round, because what is not a number is no success.
-    if not cast(float, error.item()) <= _MOST_ERROR.get(error.dtype, _MOST_ERROR_16_BIT):
-        return "its answers change when rows of different length share a batch"
-    return None
+    return None if same else "its answers change when rows of different length share a batch"
 
 
-def _error_of_a_batch(model: Any) -> mx.array:
-    alone = mx.concatenate([_next_logits(model, _prefilled(model, length)) for length in _LENGTHS])
+def fastest_step(model: Any) -> tuple[Step, str | None]:
+    """Return how to decode, and why not by a compiled step; None if it is one."""
+    reason = why_not_compiled(model)
+    if reason is not None:
+        return PlainStep(model), reason
+    try:
+        step = CompiledStep(model)
+        plain = _next_logits(model, _together(model))
+        same = _are_same(plain, step(mx.ones(len(_LENGTHS), mx.int32), _together(model)))
+    except Exception as exception:
+        log.info("the model's code cannot be compiled", exc_info=exception)
+        return PlainStep(model), "its code cannot be compiled"
+    return (step, None) if same else (PlainStep(model), "its answers change when the step is compiled")
+
+
+def _are_same(expected: mx.array, found: mx.array) -> bool:
+    difference = (found - expected).astype(mx.float32)
+    spread = mx.std(expected.astype(mx.float32), axis=-1)
+    error = cast(float, mx.max(mx.sqrt(mx.mean(difference**2, axis=-1)) / spread).item())
+    # What is not a number is not the same.
+    return error <= _MOST_ERROR.get(expected.dtype, _MOST_ERROR_16_BIT)
+
+
+def _together(model: Any) -> Rows:
     rows = _prefilled(model, _LENGTHS[0])
     for length in _LENGTHS[1:]:
         rows.join(_prefilled(model, length))
-    together = _next_logits(model, rows)
-    difference = (together - alone).astype(mx.float32)
-    spread = mx.std(alone.astype(mx.float32), axis=-1)
-    return mx.max(mx.sqrt(mx.mean(difference**2, axis=-1)) / spread).astype(alone.dtype)
+    return rows
 
 
 def _prefilled(model: Any, length: int) -> Rows:

@@ -158,7 +158,7 @@ class InferenceThread:
 
     def retry_after_ms(self, model: str) -> int | None:
         """Return None if there is room in the line, or when there will likely be."""
-        return self._admission.retry_after_ms(model, self._running)
+        return self._admission.retry_after_ms(model, self._running, self._commands.qsize())
 
     def first_token_seconds(self, model: str, prompt_tokens: int) -> float:
         """Return the least time in which a first token can come; 0 while nothing is known."""

@@ -1,20 +1,35 @@
 """Running a model once before anybody waits for it, in the shapes that will come.
 
-On a GPU the first use of a kernel compiles or loads it, which takes seconds. On a CPU there is nothing to
-compile, and what one pass touches has been touched when the model's footprint was measured.
+On a GPU the first use of a kernel compiles or loads it, which takes seconds, and on CUDA cuDNN plans for
+every new shape of a chunk and its depth. On a CPU there is nothing to compile, and what one pass touches has
+been touched when the footprint of the model was measured.
 """
 
 import time
 
-from .batch import Batch
+import mlx.core as mx
+
+from .model_batch import ModelBatch
+from .prefill import Prefill
 from .sequence import Sampling, Sequence
 
 _LENGTHS = (2, 40, 300)
-_SAMPLINGS = (Sampling(), Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.9))
+_SAMPLINGS = (
+    Sampling(),
+    Sampling(temperature=1.0),
+    Sampling(temperature=1.0, top_k=1),
+    Sampling(temperature=1.0, top_p=0.5),
+    Sampling(presence_penalty=1.0),
+)
 _TOKENS = 4
 
 
-def warm_up(batch: Batch, device: str) -> float:
+_ROWS = (2, 4, 8, 16, 32)
+_DEPTH_IN_CHUNKS, _DEPTH_IN_TOKENS = 32, 16384
+"""How far into a prompt the plans for chunks of a length are made; further on they are made as they come."""
+
+
+def warm_up(batch: ModelBatch, device: str) -> float:
     """Run sequences of one and of many chunks, alone and together, greedy and sampled.
 
     Returns:
@@ -22,14 +37,30 @@ def warm_up(batch: Batch, device: str) -> float:
     """
     began = time.monotonic()
     if device != "cpu":
+        for length in batch.prefill_shapes:
+            _prefill(batch, length)
         for length in (*_LENGTHS, batch.prefill_chunk_tokens):
             _run(batch, [_sequence(length, Sampling())])
         for sampling in _SAMPLINGS:
+            _run(batch, [_sequence(2, sampling)])
             _run(batch, [_sequence(length, sampling) for length in _LENGTHS])
+        _run(batch, [_sequence(2, sampling) for sampling in _SAMPLINGS])
+        for rows in _ROWS:
+            _run(batch, [_sequence(_LENGTHS[1], Sampling()) for _ in range(rows)])
     return (time.monotonic() - began) * 1000
 
 
-def _run(batch: Batch, sequences: list[Sequence]) -> None:
+def _prefill(batch: ModelBatch, chunk: int) -> None:
+    prompt = [0] * (min(chunk * _DEPTH_IN_CHUNKS, _DEPTH_IN_TOKENS) + 1)
+    prefill = Prefill(
+        batch.model, [Sequence("", prompt, 1, Sampling(), frozenset(), lambda _: None)], (chunk,)
+    )
+    while prefill.remaining:
+        prefill.advance(chunk)
+    mx.eval(prefill.finish().arrays())
+
+
+def _run(batch: ModelBatch, sequences: list[Sequence]) -> None:
     for sequence in sequences:
         batch.add(sequence)
     while len(batch):

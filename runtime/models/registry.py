@@ -170,6 +170,7 @@ class ModelRegistry:
 
     def _load_network(self, name: str, folder: Path, dtype: m.DtypeRequest, device: str) -> m.LoadResult:
         """Load, warm up and attach; runs on the inference thread."""
+        from ..engine.fused import fuse_projections
         from ..engine.model_batch import ModelBatch
         from ..engine.warm_up import warm_up
 
@@ -181,6 +182,8 @@ class ModelRegistry:
             if device == "cpu"
             else self._settings.prefill_chunk_tokens
         )
+        if device == "cuda":
+            log.info("fused %d groups of projections", fuse_projections(network.module))
         batch = ModelBatch(network.module, prefill_chunk_tokens=chunk)
         warmup_ms = warm_up(batch, device)
         self._engine.attach(name, batch)

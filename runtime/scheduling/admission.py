@@ -102,9 +102,12 @@ class Admission(Generic[ItemT]):
         else:
             forecast.note_decode(seconds)
 
-    def retry_after_ms(self, model: str, running: int) -> int | None:
-        """Return None if there is room in the line, or when there will likely be."""
-        places = len(self._waiting) - self._most_waiting + 1
+    def retry_after_ms(self, model: str, running: int, coming: int) -> int | None:
+        """Return None if there is room in the line, or when there will likely be.
+
+        `coming` are on their way to the line.
+        """
+        places = len(self._waiting) + coming - self._most_waiting + 1
         if places <= 0 or (desk := self._desks.get(model)) is None:
             return None
         return desk.forecast.retry_after_ms(places, running)

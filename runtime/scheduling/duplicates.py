@@ -43,15 +43,20 @@ class Work:
         self.sequence = sequence
         self._cancel = cancel
         self._on_closed = on_closed
+        self._open = True
         self._tokens: list[int] = []
         self._followers: list[Follower] = []
         sequence.on_emission = self._on_emission
 
+    def close(self) -> None:
+        """Let nobody join who has not, and keep nothing for them."""
+        self._open = False
+        self._tokens = []
+        self._on_closed(self)
+
     def suits(self, sequence: Sequence) -> bool:
         """Return whether following this is as good for a request as `sequence` would be."""
-        if self._tokens:
-            return len(self._tokens) <= MAX_REPLAY_TOKENS
-        return sequence.priority >= self.sequence.priority
+        return bool(self._tokens) or sequence.priority >= self.sequence.priority
 
     def join(self, follower: Follower) -> None:
         """Give `follower` the tokens so far, and from now on every emission."""
@@ -77,16 +82,18 @@ class Work:
         return False
 
     def _end(self) -> None:
-        self._on_closed(self)
+        self.close()
         self._cancel(self.sequence)
 
     def _on_emission(self, emission: Emission) -> None:
-        if emission.token is not None:
+        if self._open and emission.token is not None:
             self._tokens.append(emission.token)
+            if len(self._tokens) > MAX_REPLAY_TOKENS:
+                self.close()
         followers = self._followers
         if emission.finish is not None:
             self._followers = []
-            self._on_closed(self)
+            self.close()
         for follower in followers:
             follower.on_emission(emission)
 
@@ -107,7 +114,9 @@ class Duplicates:
     def begin(self, key: Hashable, sequence: Sequence) -> Work:
         """Run `sequence`, and let others follow it who have the same key; nobody does if it is None."""
         work = Work(sequence, self._cancel, partial(self._forget, key))
-        if key is not None:
+        if key is None:
+            work.close()
+        else:
             self._works[key] = work
         self._submit(sequence)
         return work

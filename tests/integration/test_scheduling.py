@@ -250,6 +250,23 @@ def test_who_comes_when_the_line_is_full_is_told_when_to_come_again(
     assert guest.result("ping")["state"] == "ready"
 
 
+# What can be seen of it
+
+
+def test_stats_say_what_runs_and_what_memory_is_promised(guest: Guest, roomy: str) -> None:
+    for name in ("a", "b"):
+        start(guest, name, roomy, deduplicate=False)
+    stats = guest.result("stats")
+    engine, memory = stats["engine"], stats["memory"]
+    assert engine["waiting"] == {"critical": 0, "high": 0, "normal": 0, "low": 0}
+    assert (engine["sequences"], engine["prefilling"], engine["running"]) == (2, 0, 2)
+    assert engine["decodeGroups"] >= 1
+    assert (
+        0 < memory["weightsBytes"] < memory["weightsBytes"] + memory["reservedBytes"] <= memory["budgetBytes"]
+    )
+    assert stats["models"][-1]["batching"] == {"active": True}
+
+
 # Bad input
 
 

@@ -1,8 +1,8 @@
 """Tiny networks with random weights: one of every kind of architecture whose cache works in its own way.
 
-They are mlx-lm's own classes in float32, so small that a token costs a millisecond, and the same in every run.
-Their weights are so large that an answer depends on all of its prompt and wanders instead of settling: a wrong
-offset, mask or cache shows in the tokens at once.
+They are mlx-lm's own classes in float32, so small that a token costs a millisecond, the same in every run.
+Their weights are so large that an answer depends on all of its prompt and wanders instead of settling: a
+wrong offset, mask or cache shows in the tokens at once.
 """
 
 import zlib

@@ -121,7 +121,7 @@ def test_a_step_that_raises_once_costs_nobody_a_token() -> None:
 
 def test_a_network_that_always_raises_ends_every_sequence_with_an_error() -> None:
     batch = ModelBatch(tiny_network("llama"), prefill_chunk_tokens=4)
-    batch._model = Faulty(raises(RuntimeError("always")), also=lambda _: True)  # pyright: ignore[reportPrivateUsage]
+    batch.model = Faulty(raises(RuntimeError("always")), also=lambda _: True)
     sequences = [sequence(prompt) for prompt in PROMPTS]
     for each in sequences:
         batch.add(each)
