@@ -40,6 +40,7 @@ class CompiledStep:
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self._plain = PlainStep(model)
         self._compiled: Any = mx.compile(self._logits)
 
     def rows_for(self, sequences: int) -> int:
@@ -48,6 +49,8 @@ class CompiledStep:
 
     def __call__(self, inputs: mx.array, rows: Rows) -> mx.array:
         """Return logits (B, V) for tokens (B,), and let the rows end one token later."""
+        if rows.empty:
+            return self._plain(inputs, rows)
         buffers = [layer.room_for_one() for layer in rows.layers]
         layout = rows.layout
         logits, ends = self._compiled(inputs, layout.starts, layout.ends(rows.end + 1), buffers)
@@ -59,7 +62,7 @@ class CompiledStep:
     def _logits(
         self, inputs: mx.array, starts: mx.array, ends: mx.array, buffers: list[list[mx.array]]
     ) -> tuple[mx.array, mx.array]:
-        offsets = ends - starts - 1
+        offsets = (ends - starts - 1)[: inputs.shape[0]]
         layers = [_Appended(keys, values, starts, ends, offsets) for keys, values in buffers]
         return self._model(inputs[:, None], cache=layers)[:, -1], ends + 1
 
