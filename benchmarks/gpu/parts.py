@@ -91,14 +91,13 @@ def measure_tokens(bench: GpuBench) -> Figures:
 def measure_gap(bench: GpuBench) -> Figures:
     """Return the gaps of running streams while a long prompt is read, against their median before."""
     figures, sizes = Figures(), bench.sizes
-    sides = [OURS, *([SERVER] if bench.has_server() else [])]
 
     def ask(number: int) -> dict[str, list[Answer]]:
         running = [
             one.asking_for(sizes.running_new) for one in bench.prompts.some(sizes.running, sizes.prompt)
         ]
         late = bench.prompts.one(sizes.long_prompt).asking_for(2, after_tokens=sizes.running_new // 8)
-        return bench.ask(number, sides, [*running, late])
+        return bench.ask(number, [OURS], [*running, late])
 
     ask(0)
     for number in bench.rounds():
@@ -125,6 +124,7 @@ def measure_first(bench: GpuBench) -> Figures:
     A second server then shows what the kernels on disk save.
     """
     figures = Figures()
+    bench.end_sides()  # They keep memory that they do not use.
     caches = {name: bench.empty_folder(name) for name in ("MLX_PTX_CACHE_DIR", "CUDA_CACHE_PATH")}
     for state in ("cold", "kernels on disk"):
         with bench.sidecar(caches) as server:

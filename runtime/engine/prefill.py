@@ -56,12 +56,13 @@ class Prefill:
 
     def _size(self, most: int) -> int:
         # A chunk costs a pass over the weights, however short: no small rest is left for another.
-        whole = self.remaining <= most + most // 2
+        limit = most + most // 2
         if not self._shapes:
-            return self.remaining if whole else most
-        if whole and self.remaining <= self._shapes[-1]:
-            return next(shape for shape in self._shapes if shape >= self.remaining)
-        return max((shape for shape in self._shapes if shape <= most), default=self._shapes[0])
+            return self.remaining if self.remaining <= limit else most
+        # A plan is for a depth as well. Chunks at multiples of their length find those that are there.
+        aligned = [shape for shape in self._shapes if self._done % shape == 0]
+        fitting = [shape for shape in aligned if shape <= limit] or aligned[:1]
+        return next((shape for shape in fitting if shape >= self.remaining), fitting[-1])
 
     def finish(self) -> Rows:
         """Return the caches, which hold every token but the last."""

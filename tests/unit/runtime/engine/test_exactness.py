@@ -17,7 +17,7 @@ from support.tiny_networks import ARCHITECTURES, VOCABULARY, tiny_network
 
 from mlx_sidecar.runtime.engine.sequence import Sampling
 
-SCHEDULES = int(os.environ.get("EXACTNESS_SCHEDULES", "8"))
+SCHEDULES = int(os.environ.get("EXACTNESS_SCHEDULES", "5"))
 LONGEST_PROMPT = 60
 CHUNKS = (1, 3, 16, 64)
 
