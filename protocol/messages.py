@@ -214,10 +214,17 @@ class Batching(Result):
     reason: str | UnsetType = UNSET
 
 
+class CompiledSteps(Result):
+    """Whether decode steps are compiled whole. If not, `reason` says why the code runs as it stands."""
+
+    active: bool
+    reason: str | UnsetType = UNSET
+
+
 class ModelInfo(Result):
     """One line of `models`; the numbers are absent until the model is ready. `inUse` counts its requests.
 
-    `batching` stands in `stats` only, and is about what has been tried so far.
+    `batching` and `compiledSteps` stand in `stats` only; the first is about what has been tried so far.
     """
 
     model: str
@@ -228,6 +235,7 @@ class ModelInfo(Result):
     context_length: int | UnsetType = UNSET
     bytes: int | UnsetType = UNSET
     batching: Batching | UnsetType = UNSET
+    compiled_steps: CompiledSteps | UnsetType = UNSET
 
 
 class ModelsResult(Result):

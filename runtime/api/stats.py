@@ -2,6 +2,8 @@
 
 from concurrent.futures import Future
 
+from msgspec import UNSET
+
 from mlx_sidecar.native.blas import Blas
 from mlx_sidecar.native.pages import Pages
 from mlx_sidecar.protocol import messages as m
@@ -68,9 +70,10 @@ class StatsApi:
         infos = self._registry.infos()
         for info in infos:
             if (batch := engine.batches.get(info.model)) is not None:
-                info.batching = m.Batching(active=batch.why_alone is None)
-                if batch.why_alone is not None:
-                    info.batching.reason = batch.why_alone
+                info.batching = m.Batching(active=batch.why_alone is None, reason=batch.why_alone or UNSET)
+                info.compiled_steps = m.CompiledSteps(
+                    active=batch.why_not_compiled is None, reason=batch.why_not_compiled or UNSET
+                )
         return infos
 
     def _engine_stats(self, engine: EngineReport) -> m.EngineStats:

@@ -109,12 +109,13 @@ class ModelBatch:
     def report(self) -> BatchReport:
         """Return what is being done; any thread may ask."""
         running = sum(len(batch.sequences) for batch in list(self._decoding))
-        return BatchReport(max(len(self._live) - running, 0), running, len(self._decoding), self._why_alone)
-
-    @property
-    def why_alone(self) -> str | None:
-        """Why each sequence runs by itself; None if they share batches, or nobody has tried yet."""
-        return self._why_alone
+        return BatchReport(
+            prefilling=max(len(self._live) - running, 0),
+            running=running,
+            groups=len(self._decoding),
+            why_alone=self._why_alone,
+            why_not_compiled=self.why_not_compiled,
+        )
 
     def _settle(self) -> None:
         for batch in list(self._decoding):
@@ -132,8 +133,8 @@ class ModelBatch:
     def _join(self) -> None:
         """Bring batches together where one pass over the weights costs more than the padding between them."""
         joined: list[DecodeBatch] = []
-        if len(self._decoding) > 1 and not self._checked:
-            self._why_alone, self._checked = why_alone(self.model), True
+        if len(self._decoding) > 1:
+            self._check_sharing()
         for batch in self._decoding:
             host = None if self._alone(batch) else next((b for b in joined if self._fit(b, batch)), None)
             if host is None:
@@ -147,6 +148,10 @@ class ModelBatch:
                 joined.remove(host)
                 self._recover([*host.sequences, *batch.sequences], error)
         self._decoding = joined
+
+    def _check_sharing(self) -> None:
+        if not self._checked:
+            self._why_alone, self._checked = why_alone(self.model), True
 
     def _alone(self, batch: DecodeBatch) -> bool:
         return self._why_alone is not None or not self._suspects.isdisjoint(batch.sequences)
@@ -193,6 +198,8 @@ class ModelBatch:
         return self._prefills.popleft() if self._prefills else None
 
     def _begin(self) -> Prefill:
+        if len(self._waiting) > 1:
+            self._check_sharing()
         together = self._plain and self._why_alone is None and self._waiting[0] not in self._suspects
         most = self.prefill_chunk_tokens if together else 0
         return Prefill(self.model, next_together(self._waiting, most, self._suspects), self.prefill_shapes)

@@ -72,13 +72,15 @@ class Emission(NamedTuple):
 class BatchReport(NamedTuple):
     """One model at one moment: sequences by what is done with them, and decode batches.
 
-    `why_alone` says why every sequence is a batch of its own; None if there is no reason for that.
+    `why_alone` says why every sequence is a batch of its own, `why_not_compiled` why decode steps run by the
+    model's code as it stands; None if there is no reason for that.
     """
 
     prefilling: int = 0
     running: int = 0
     groups: int = 0
     why_alone: str | None = None
+    why_not_compiled: str | None = None
 
 
 class MemoryUse(NamedTuple):

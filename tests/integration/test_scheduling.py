@@ -265,6 +265,8 @@ def test_stats_say_what_runs_and_what_memory_is_promised(guest: Guest, roomy: st
         0 < memory["weightsBytes"] < memory["weightsBytes"] + memory["reservedBytes"] <= memory["budgetBytes"]
     )
     assert stats["models"][-1]["batching"] == {"active": True}
+    assert stats["models"][-1]["compiledSteps"]["active"] is False
+    assert "CUDA" in stats["models"][-1]["compiledSteps"]["reason"]
 
 
 # Bad input

@@ -29,6 +29,12 @@ export interface ClientInfo {
   version?: string;
 }
 
+/** Whether decode steps are compiled whole. If not, `reason` says why the code runs as it stands. */
+export interface CompiledSteps {
+  active: boolean;
+  reason?: string;
+}
+
 /** Ids to turn into text; special tokens are left out unless asked for. */
 export interface DetokenizeParams {
   model: string;
@@ -384,7 +390,7 @@ export interface Message {
 /**
  * One line of `models`; the numbers are absent until the model is ready. `inUse` counts its requests.
  *
- * `batching` stands in `stats` only, and is about what has been tried so far.
+ * `batching` and `compiledSteps` stand in `stats` only; the first is about what has been tried so far.
  */
 export interface ModelInfo {
   model: string;
@@ -395,6 +401,7 @@ export interface ModelInfo {
   contextLength?: number;
   bytes?: number;
   batching?: Batching;
+  compiledSteps?: CompiledSteps;
 }
 
 /** Requests for a model that is `loading` wait for it. */

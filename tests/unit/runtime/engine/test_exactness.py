@@ -41,11 +41,11 @@ samplings = st.builds(
 rows = st.builds(
     Row,
     prompt=prompts,
-    max_tokens=st.integers(1, 24),
+    max_tokens=st.integers(1, 18),
     sampling=st.just(GREEDY) | st.just(GREEDY) | samplings,
     stops=stops,
-    joins=st.just(0) | st.integers(0, 24),
-    leaves_after=st.none() | st.none() | st.integers(0, 24),
+    joins=st.just(0) | st.integers(0, 16),
+    leaves_after=st.none() | st.none() | st.integers(0, 18),
 )
 schedules = st.lists(rows, min_size=2, max_size=6)
 
