@@ -48,6 +48,9 @@ log = logging.getLogger("engine")
 _MEMORY_SECONDS = 0.1
 """How old the figures of MLX's allocator may be while there is work."""
 
+_IDLE_SECONDS = 5.0
+"""After so long without work MLX's unused buffers are given back."""
+
 
 class InferenceThread:
     """Runs batches of sequences, round-robin over models, and hands each step's emissions to `deliver`.
@@ -238,10 +241,18 @@ class InferenceThread:
             return
         # Not a step that takes long: a load may, and nobody should take it for a standstill.
         self._vitals.last_step_at = None
-        self._obey_one(self._commands.get())
+        self._obey_one(self._next_command())
         # This thread alone takes out, so what is not empty cannot become so.
         while not self._commands.empty():
             self._obey_one(self._commands.get())
+
+    def _next_command(self) -> Callable[[], None]:
+        try:
+            return self._commands.get(timeout=_IDLE_SECONDS)
+        except queue.Empty:
+            # What sequences had used may be a lot, and others may need it.
+            self.give_memory_back()
+            return self._commands.get()
 
     def _obey_one(self, command: Callable[[], None]) -> None:
         try:

@@ -164,6 +164,11 @@ MIXES_ROWS_UP = ("gemma2",)
 @cache
 def tiny_network(architecture: str) -> "nn.Module":
     """Return a network: for every call the same object, in every run the same weights."""
+    return fresh_network(architecture)
+
+
+def fresh_network(architecture: str) -> "nn.Module":
+    """Return a network of its own, for those who change it."""
     _start()
     import mlx.core as mx
     import mlx_lm.utils as mlx_lm

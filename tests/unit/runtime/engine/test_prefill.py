@@ -1,0 +1,61 @@
+"""Which prompts go together, and in what chunks."""
+
+from collections import deque
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.tiny_networks import tiny_network
+
+from mlx_sidecar.runtime.engine.prefill import Prefill, next_together
+from mlx_sidecar.runtime.engine.sequence import Sampling, Sequence
+
+SHAPES = (8, 32, 128)
+
+
+def of_length(length: int) -> Sequence:
+    return Sequence("m", [1] * length, 1, Sampling(), frozenset(), lambda _: None)
+
+
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=40), st.integers(1, 2000))
+def test_prompts_that_go_together_are_the_first_ones_and_of_like_length(
+    lengths: list[int], most: int
+) -> None:
+    line = [of_length(length) for length in lengths]
+    waiting = deque(line)
+    taken = next_together(waiting, most, alone=())
+    assert [*taken, *waiting] == line
+    assert len(taken) == 1 or max(one.length for one in taken) * len(taken) <= most
+    assert max(one.length for one in taken) <= 2 * min(one.length for one in taken)
+    assert len(taken).bit_count() == 1
+
+
+def test_nobody_goes_with_one_that_must_be_alone() -> None:
+    line = [of_length(5) for _ in range(4)]
+    assert next_together(deque(line), 1000, alone={line[1]}) == line[:1]
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=20), st.integers(2, 400))
+def test_chunks_of_given_shapes_lie_at_multiples_of_their_length(budgets: list[int], length: int) -> None:
+    prefill = Prefill(tiny_network("llama"), [of_length(length)], SHAPES)
+    done = 0
+    for budget in budgets:
+        if not prefill.remaining:
+            break
+        size = prefill.advance(budget)
+        assert size in SHAPES
+        assert done % size == 0
+        assert size <= max(budget + budget // 2, SHAPES[0])
+        done += size
+
+
+@pytest.mark.parametrize("shapes", [(), SHAPES])
+@pytest.mark.parametrize("lengths", [(70,), (40, 40), (33, 61, 50, 64)])
+def test_caches_hold_each_prompt_and_end_together(lengths: tuple[int, ...], shapes: tuple[int, ...]) -> None:
+    prefill = Prefill(tiny_network("llama"), [of_length(length) for length in lengths], shapes)
+    while prefill.remaining:
+        prefill.advance(16 * len(lengths))
+    rows: Any = prefill.finish()
+    assert rows.end == max(lengths) - 1
+    assert [rows.end - padding for padding in rows.padding] == [length - 1 for length in lengths]
