@@ -69,6 +69,10 @@ bench: $(DONE)/install $(DONE)/typescript $(DONE)/clients $(DONE)/model ## measu
 	@$(BIN)/python benchmarks/ping.py
 	@$(BIN)/python benchmarks/wire.py
 
+.PHONY: bench-engine
+bench-engine: $(DONE)/install $(DONE)/typescript $(DONE)/model ## measure many streams against mlx-lm: a quarter of an hour
+	@$(BIN)/python benchmarks/engine.py
+
 .PHONY: clean
 clean: ## remove everything that was built here (not the models)
 	rm -rf .venv build $(DONE) $(TS)/node_modules $(TS)/dist $(CLIENTS)/node_modules native/*.so *.egg-info
