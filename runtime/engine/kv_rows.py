@@ -27,11 +27,6 @@ class Layout:
         self._starts: mx.array | None = None
         self._left = mx.array(padding) if any(padding) else None
 
-    @property
-    def padded(self) -> bool:
-        """Whether any row begins later than the others."""
-        return self._left is not None
-
     def offsets(self, end: int) -> int | mx.array:
         """Return the position of the token behind `end` in each row: (B,), or one number if all are equal."""
         if self._left is None:

@@ -49,11 +49,6 @@ class Pace:
         elif decoding:
             self._step_seconds = _blend(self._step_seconds, seconds)
 
-    @property
-    def prefill_tokens_per_second(self) -> float | None:
-        """Prompt tokens a second while nothing decodes; None before the first."""
-        return None if self._token_seconds is None else 1 / self._token_seconds
-
 
 def _blend(old: float | None, new: float) -> float:
     return new if old is None else old + _WEIGHT_OF_NEW * (new - old)
