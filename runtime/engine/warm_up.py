@@ -22,8 +22,6 @@ _SAMPLINGS = (
     Sampling(presence_penalty=1.0),
 )
 _TOKENS = 4
-
-
 _ROWS = (2, 4, 8, 16, 32)
 _DEPTH_IN_CHUNKS, _DEPTH_IN_TOKENS = 32, 16384
 """How far into a prompt the plans for chunks of a length are made; further on they are made as they come."""
@@ -51,10 +49,8 @@ def warm_up(batch: ModelBatch, device: str) -> float:
 
 
 def _prefill(batch: ModelBatch, chunk: int) -> None:
-    prompt = [0] * (min(chunk * _DEPTH_IN_CHUNKS, _DEPTH_IN_TOKENS) + 1)
-    prefill = Prefill(
-        batch.model, [Sequence("", prompt, 1, Sampling(), frozenset(), lambda _: None)], (chunk,)
-    )
+    length = min(chunk * _DEPTH_IN_CHUNKS, _DEPTH_IN_TOKENS)
+    prefill = Prefill(batch.model, [_sequence(length + 1, Sampling())], (chunk,))
     while prefill.remaining:
         prefill.advance(chunk)
     mx.eval(prefill.finish().arrays())
