@@ -1,8 +1,8 @@
 """`ping` without the interpreter's lock.
 
 Some libraries keep the lock for hundreds of milliseconds, and no Python thread runs meanwhile. A native
-thread reads each connection ahead of Python's, and answers plain pings of NDJSON connections itself. Without
-the native module Python reads and answers everything.
+thread reads each connection ahead of Python's, and answers plain pings itself. Without the native module
+Python reads and answers everything.
 """
 
 import os
@@ -39,9 +39,14 @@ class Pulses:
         self._reason = _obstacle()
         self._vitals = _core.Vitals(started_at) if _core is not None and self._reason is None else None
 
-    def over(self, read: int, write: int) -> "Pulse | None":
-        """Return the pulse of a connection, to be started once; None if there is none."""
-        return _core.Pulse(self._vitals, read, write) if _core is not None and self._vitals else None
+    def over(self, read: int, write: int, framing: str = "") -> "Pulse | None":
+        """Return the pulse of a connection, to be started once; None if there is none.
+
+        `framing` is `ndjson`, `lsp`, or empty if the first byte is to tell.
+        """
+        if _core is None or self._vitals is None:
+            return None
+        return _core.Pulse(self._vitals, read, write, framing)
 
     def note_state(self, state: str) -> None:
         """Say what the engine's state is: a word that needs no escapes."""

@@ -49,7 +49,8 @@ class FrameReader:
             self._held += chunk
             if _BOM.startswith(self._held):
                 return []
-            chunk, self._held = self._held.removeprefix(_BOM).lstrip(_BLANK), b""
+            chunk = self._held.removeprefix(_BOM).lstrip(_BLANK)
+            self._held = _BLANK[:1]  # Behind it no BOM is one, however the bytes are cut.
             if not chunk:
                 return []
             self.framing = self.framing or _detect(chunk)

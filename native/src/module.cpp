@@ -5,6 +5,7 @@
 #include <memory>
 #include <string_view>
 #include <system_error>
+#include <utility>
 
 #include "mlx_sidecar/pages.hpp"
 #include "mlx_sidecar/pulse.hpp"
@@ -26,6 +27,17 @@ void without_gil(Work work) {
   }
   PyEval_RestoreThread(state);
   if (error) std::rethrow_exception(error);
+}
+
+using mlx_sidecar::Framing;
+
+// Empty for what is not known.
+Framing framing_named(std::string_view name) {
+  return name == "lsp" ? Framing::lsp : name == "ndjson" ? Framing::ndjson : Framing::unknown;
+}
+
+std::string_view name_of(Framing framing) {
+  return framing == Framing::lsp ? "lsp" : framing == Framing::ndjson ? "ndjson" : "";
 }
 
 void bind_pages(py::module_& m) {
@@ -56,12 +68,15 @@ void bind_pulse(py::module_& m) {
       .def_property_readonly("overtook", [](const Vitals& vitals) { return vitals.overtook.load(); });
 
   py::class_<Pulse>(m, "Pulse")
-      .def(py::init<std::shared_ptr<Vitals>, int, int>(), py::arg("vitals"), py::arg("read"),
-           py::arg("write"))
+      .def(py::init([](std::shared_ptr<Vitals> vitals, int read, int write, std::string_view framing) {
+             return std::make_unique<Pulse>(std::move(vitals), read, write, framing_named(framing));
+           }),
+           py::arg("vitals"), py::arg("read"), py::arg("write"), py::arg("framing"))
       .def(
           "start",
           [](Pulse& pulse, const py::bytes& greeted) { pulse.start(static_cast<std::string_view>(greeted)); },
           py::arg("greeted"))
+      .def_property_readonly("framing", [](Pulse& pulse) { return name_of(pulse.framing()); })
       .def("read",
            [](Pulse& pulse) {
              while (true) {

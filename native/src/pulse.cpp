@@ -24,7 +24,7 @@ constexpr std::size_t kReadBytes = 64 * 1024;
 constexpr std::size_t kTakeBytes = 256 * 1024;
 constexpr std::size_t kMaxWaiting = 1024 * 1024;
 constexpr std::size_t kMaxUnfinished = 64 * 1024;
-constexpr auto npos = std::string::npos;
+constexpr std::size_t kLongestPing = 1024;  // with its headers
 
 // The clock of Python's time.monotonic().
 double monotonic_seconds() {
@@ -76,8 +76,8 @@ std::string Vitals::ping_result(std::size_t in_flight) const {
          ",\"lastStepAgeMs\":" + (last == kIdle ? "null" : milliseconds_text(now - last)) + "}";
 }
 
-Pulse::Pulse(std::shared_ptr<Vitals> vitals, int read_fd, int write_fd)
-    : writer(write_fd), vitals_(std::move(vitals)), read_fd_(read_fd) {
+Pulse::Pulse(std::shared_ptr<Vitals> vitals, int read_fd, int write_fd, Framing framing)
+    : writer(write_fd), vitals_(std::move(vitals)), read_fd_(read_fd), finder_(framing) {
   if (::pipe(wake_fds_) != 0) throw std::system_error(errno, std::generic_category(), "pipe");
   for (const int fd : wake_fds_) make_private(fd);
 }
@@ -85,28 +85,35 @@ Pulse::Pulse(std::shared_ptr<Vitals> vitals, int read_fd, int write_fd)
 Pulse::~Pulse() { stop(); }
 
 void Pulse::start(std::string_view greeted) {
-  append(greeted);
-  hand_over(waiting_.size());
-  unfinished_.clear();
-  consumed_ = true;
+  while (!greeted.empty()) {
+    if (finder_.at_frame()) unfinished_.clear();
+    const auto size = finder_.pass(greeted);
+    unfinished_ += greeted.substr(0, size);
+    greeted.remove_prefix(size);
+  }
+  whole_ = finder_.at_frame();
+  dealt_with();
   thread_ = std::thread([this] { run(); });
+}
+
+Framing Pulse::framing() {
+  const std::lock_guard lock(mutex_);
+  return finder_.framing();
 }
 
 void Pulse::wait() {
   std::unique_lock lock(mutex_);
-  consumed_ = true;
-  // A line that was taken in part is dealt with when the rest of it is.
-  const auto newline = unfinished_.rfind('\n');
-  if (newline != npos) unfinished_.erase(0, newline + 1);
-  if (unfinished_.size() > kMaxUnfinished) unfinished_.resize(kMaxUnfinished);
-  arrived_.wait(lock, [this] { return !waiting_.empty() || ended_ || stopping_; });
+  dealt_with();
+  answer_in_turn();
+  arrived_.wait(lock, [this] { return for_python() > 0 || ended_ || stopping_; });
 }
 
 std::optional<std::string> Pulse::take() {
   const std::lock_guard lock(mutex_);
-  if (waiting_.empty()) return ended_ || stopping_ ? std::make_optional<std::string>() : std::nullopt;
+  const std::size_t size = for_python();
+  if (size == 0) return ended_ || stopping_ ? std::make_optional<std::string>() : std::nullopt;
   const bool was_full = waiting_.size() >= kMaxWaiting;
-  std::string chunk = hand_over(std::min(waiting_.size(), kTakeBytes));
+  std::string chunk = hand_over(size);
   if (was_full) wake();
   return chunk;
 }
@@ -160,94 +167,100 @@ void Pulse::run() {
     if (size > 0) append({buffer.data(), static_cast<std::size_t>(size)});
     if (size == 0 || failed) ended_ = true;
     if (Clock::now() >= look_at_) overtake();
-    if (!waiting_.empty() || ended_) arrived_.notify_one();
+    if (for_python() > 0 || ended_) arrived_.notify_one();
   }
 }
 
 void Pulse::append(std::string_view bytes) {
-  const bool in_turn = waiting_.empty() && consumed_;
   if (waiting_.empty()) patience_ends_ = Clock::now() + kPatience;
-  const std::size_t before = waiting_.size();
   waiting_.append(bytes);
-  if (framing_ == Framing::unknown) detect(before);
-  if (in_turn) answer_in_turn();
+  if (consumed_) answer_in_turn();
   look_at_ = waiting_.empty() ? Clock::time_point::max() : patience_ends_;
 }
 
-// Like protocol/framing.py. The first frame is Python's, which must find out the same.
-void Pulse::detect(std::size_t from) {
-  const auto first = waiting_.find_first_not_of(" \t\r\n\xef\xbb\xbf", from);
-  if (first == npos) return;
-  framing_ = (waiting_[first] | 0x20) == 'c' ? Framing::other : Framing::ndjson;
-  looked_at_ = first;
+std::string_view Pulse::unseen() const { return std::string_view(waiting_).substr(passed_); }
+
+std::optional<std::string_view> Pulse::free_ping(const Frame& frame) const {
+  const auto id = shut_down_ ? std::nullopt : plain_ping(frame.body);
+  return id && in_flight_.count(std::string(*id)) == 0 ? id : std::nullopt;
+}
+
+// How much of what is waiting Python may take: whole frames up to a ping, or a part of one that is too long
+// to be a ping. A ping that comes first is Python's: it could not be answered.
+std::size_t Pulse::for_python() {
+  while (passed_ < std::min(waiting_.size(), kTakeBytes)) {
+    if (finder_.at_frame()) {
+      const auto frame = finder_.whole(unseen());
+      if (!frame && passed_ > 0) break;
+      if (!ended_ && waiting_.size() <= kLongestPing && finder_.is_part(waiting_)) break;
+      if (frame && free_ping(*frame)) return passed_ > 0 ? passed_ : frame->size;
+    }
+    passed_ += finder_.pass(unseen());
+  }
+  return passed_;
 }
 
 std::string Pulse::hand_over(std::size_t size) {
-  std::string chunk;
-  if (size == waiting_.size()) {
-    chunk.swap(waiting_);
-    look_at_ = Clock::time_point::max();
-  } else {
-    chunk = waiting_.substr(0, size);
-    waiting_.erase(0, size);
-    look_at_ = patience_ends_ = Clock::now() + kPatience;
-  }
-  if (size > looked_at_) at_frame_ = framing_ == Framing::ndjson && chunk.back() == '\n';
-  looked_at_ -= std::min(looked_at_, size);
+  if (passed_ < size) passed_ += finder_.pass(unseen());
+  std::string chunk = waiting_.substr(0, size);
+  waiting_.erase(0, size);
+  passed_ = 0;
+  whole_ = finder_.at_frame();
   unfinished_ += chunk;
   consumed_ = false;
+  patience_ends_ = Clock::now() + kPatience;
+  look_at_ = waiting_.empty() ? Clock::time_point::max() : patience_ends_;
   return chunk;
 }
 
-bool Pulse::skip_to_frame() {
-  if (framing_ != Framing::ndjson) return false;
-  if (!at_frame_) {
-    const auto newline = waiting_.find('\n', looked_at_);
-    at_frame_ = newline != npos;
-    looked_at_ = at_frame_ ? newline + 1 : waiting_.size();
-  }
-  return at_frame_;
+// A frame that was taken in part is dealt with when the rest of it is.
+void Pulse::dealt_with() {
+  consumed_ = true;
+  if (whole_) unfinished_.clear();
+  if (unfinished_.size() > kMaxUnfinished) unfinished_.resize(kMaxUnfinished);
 }
 
 void Pulse::answer_in_turn() {
-  while (at_frame_ && looked_at_ == 0) {
-    const auto newline = waiting_.find('\n');
-    if (newline == npos) return;
-    const auto id = plain_ping(std::string_view(waiting_).substr(0, newline));
-    if (!id || !is_free(*id) || !answer(*id, false)) return;
-    waiting_.erase(0, newline + 1);
+  if (!finder_.at_frame()) passed_ += finder_.pass(unseen());
+  while (passed_ == 0 && finder_.at_frame()) {
+    const auto frame = finder_.whole(waiting_);
+    const auto id = frame ? free_ping(*frame) : std::nullopt;
+    if (!id || !answer(*id, false)) return;
+    waiting_.erase(0, frame->size);
   }
 }
 
 void Pulse::overtake() {
   look_at_ = Clock::time_point::max();
-  if (shut_down_ || !skip_to_frame()) return;
+  if (shut_down_) return;
+  if (!finder_.at_frame()) passed_ += finder_.pass(unseen());
   Ahead ahead;
-  ahead.note(unfinished_ + waiting_.substr(0, looked_at_));
-  for (auto newline = waiting_.find('\n', looked_at_); newline != npos && !ahead.shutdown;
-       newline = waiting_.find('\n', looked_at_)) {
-    const auto line = std::string_view(waiting_).substr(looked_at_, newline - looked_at_);
-    const auto id = plain_ping(line);
-    if (id && is_free(*id) && ahead.ids.count(std::string(*id)) == 0) {
+  ahead.note(unfinished_ + waiting_.substr(0, passed_));
+  while (finder_.at_frame() && !ahead.shutdown) {
+    const auto frame = finder_.whole(unseen());
+    if (!frame) return;
+    const auto id = free_ping(*frame);
+    if (id && ahead.ids.count(std::string(*id)) == 0) {
       if (!answer(*id, true)) {
         look_at_ = Clock::now() + kRetry;
         return;
       }
-      waiting_.erase(looked_at_, line.size() + 1);
+      waiting_.erase(passed_, frame->size);
     } else {
-      ahead.note(line);
-      looked_at_ = newline + 1;
+      ahead.note(frame->body);
+      passed_ += finder_.pass(unseen());
     }
   }
 }
 
-bool Pulse::is_free(std::string_view id) const {
-  return !shut_down_ && in_flight_.count(std::string(id)) == 0;
-}
-
 bool Pulse::answer(std::string_view id, bool overtaking) {
-  const std::string frame = "{\"jsonrpc\":\"2.0\",\"id\":" + std::string(id) +
-                            ",\"result\":" + vitals_->ping_result(in_flight_.size()) + "}\n";
+  std::string frame = "{\"jsonrpc\":\"2.0\",\"id\":" + std::string(id) +
+                      ",\"result\":" + vitals_->ping_result(in_flight_.size()) + "}";
+  if (finder_.framing() == Framing::lsp) {
+    frame = "Content-Length: " + std::to_string(frame.size()) + "\r\n\r\n" + frame;
+  } else {
+    frame += '\n';
+  }
   // Counted first: whoever has the answer finds it in `stats`.
   vitals_->answered += 1;
   vitals_->overtook += overtaking ? 1 : 0;

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <system_error>
+#include <utility>
 
 namespace mlx_sidecar {
 namespace {
@@ -41,23 +42,32 @@ Writer::Writer(int fd) : fd_(fd) {
 std::size_t Writer::try_write(std::string_view data) {
   const std::lock_guard lock(mutex_);
   if (!send_rest()) return 0;
-  const std::size_t written = write_now(data);
-  if (written > 0) in_frame_ = written < data.size();
+  std::size_t written = 0;
+  while (written < data.size()) {
+    const std::size_t more = write_now(data.substr(written));
+    if (more == 0) break;
+    written += more;
+  }
+  if (written > 0) {
+    rest_ = data.substr(written);
+    promised_ = rest_.size();
+  }
   return written;
 }
 
 void Writer::write_all(std::string_view data) {
   const std::lock_guard lock(mutex_);
-  in_frame_ = true;  // and stays so if this throws
-  write_waiting(rest_);
-  rest_.clear();
+  broken_ = true;  // if this throws
+  write_waiting(std::string_view(rest_).substr(sent_));
+  forget_rest();
+  data.remove_prefix(std::min(std::exchange(promised_, 0), data.size()));
   write_waiting(data);
-  in_frame_ = false;
+  broken_ = false;
 }
 
 bool Writer::slip_in(std::string_view frame) {
   const std::unique_lock lock(mutex_, std::try_to_lock);
-  if (!lock || in_frame_ || (kind_ == Kind::pipe && frame.size() > PIPE_BUF)) return false;
+  if (!lock || broken_ || (kind_ == Kind::pipe && frame.size() > PIPE_BUF)) return false;
   try {
     if (!send_rest()) return false;
     const std::size_t written = write_now(frame);
@@ -79,8 +89,18 @@ bool Writer::settle() {
 }
 
 bool Writer::send_rest() {
-  if (!rest_.empty()) rest_.erase(0, write_now(rest_));
-  return rest_.empty();
+  while (sent_ < rest_.size()) {
+    const std::size_t written = write_now(std::string_view(rest_).substr(sent_));
+    if (written == 0) return false;
+    sent_ += written;
+  }
+  forget_rest();
+  return true;
+}
+
+void Writer::forget_rest() {
+  rest_ = {};
+  sent_ = 0;
 }
 
 std::size_t Writer::write_now(std::string_view data) {

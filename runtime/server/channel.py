@@ -41,9 +41,9 @@ class Channel:
         descriptor = connected.detach()
         return cls(descriptor, descriptor)
 
-    def quicken(self, pulses: Pulses) -> "Pulse | None":
+    def quicken(self, pulses: Pulses, framing: str) -> "Pulse | None":
         """Let a pulse write for us from now on, and return it. Call before anything is written."""
-        self._writer = pulses.over(self._read, self._write)
+        self._writer = pulses.over(self._read, self._write, framing)
         return self._writer
 
     def read_ahead(self, greeted: bytes) -> None:

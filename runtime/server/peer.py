@@ -60,7 +60,8 @@ class Peer:
         self.outbox = Outbox(channel, lambda frame: (reader.framing or Framing.NDJSON).wrap(frame))
         self.intake = Intake(reader, self.outbox, immediate)
         self._greeted = b""
-        self._pulse = channel.quicken(pulses) if pulses and framing is not Framing.LSP else None
+        self._reader = reader
+        self._pulse = channel.quicken(pulses, framing.value if framing else "") if pulses else None
         if self._pulse is not None:
             self.intake.in_flight = IdsInFlight(self._pulse)
         self._events: deque[Event] = deque()
@@ -115,6 +116,8 @@ class Peer:
             self._take(chunk)
 
     def _take(self, chunk: bytes) -> None:
+        if self._pulse is not None and (found := self._pulse.framing):
+            self._reader.framing = Framing(found)  # By a ping, perhaps, that never came here.
         incoming = self.intake.feed(chunk)
         if self._pulse is not None and self.intake.shut_down:
             self._pulse.shut_down()

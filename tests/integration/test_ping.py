@@ -1,15 +1,20 @@
 """`ping` while somebody holds the interpreter's lock, as a tokenizer that loads does for a while."""
 
+import fcntl
 import os
 import shutil
 import tempfile
+import termios
+import time
 from collections.abc import Generator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import pytest
-from support.wire import Listening, Talk, Wire
+from support.wire import PATIENCE_SECONDS, Listening, Talk, Wire
+
+from mlx_sidecar.protocol.framing import Framing
 
 # Starts with the process. A PyDLL keeps the lock during a call; between two somebody else could take it.
 HOLDER = """
@@ -66,15 +71,20 @@ def lock() -> Generator[Lock]:
     shutil.rmtree(folder)
 
 
+@pytest.fixture(params=Framing)
+def framing(request: pytest.FixtureRequest) -> Framing:
+    return request.param
+
+
 @pytest.fixture(params=["stdio", "socket"])
-def talk(request: pytest.FixtureRequest, lock: Lock, socket_path: Path) -> Generator[Talk]:
+def talk(request: pytest.FixtureRequest, lock: Lock, socket_path: Path, framing: Framing) -> Generator[Talk]:
     if request.param == "stdio":
-        with Wire(env=lock.environ) as wire:
+        with Wire(env=lock.environ, framing=framing) as wire:
             wire.initialize()
             wire.result("stats")  # The first answer may come before anybody reads on.
             yield wire
     else:
-        with Listening(socket_path, env=lock.environ) as server, server.connect() as guest:
+        with Listening(socket_path, env=lock.environ) as server, server.connect(framing) as guest:
             yield guest
 
 
@@ -85,6 +95,34 @@ def test_ping_is_answered_while_no_python_runs(talk: Talk, lock: Lock) -> None:
     pulse = talk.result("stats")["native"]["pulse"]
     assert pulse["active"]
     assert pulse["answered"] >= 3
+
+
+def test_the_first_ping_is_answered_while_no_python_runs(lock: Lock, framing: Framing) -> None:
+    with Wire(env=lock.environ, framing=framing) as wire:
+        for _ in range(2):  # The second one is read by nobody but the pulse.
+            say_nothing(wire)
+        with lock:
+            assert wire.result("ping")["state"] == "starting"
+        wire.initialize()
+
+
+def say_nothing(wire: Wire) -> None:
+    """Return when the server has read a blank."""
+    stdin = wire.process.stdin
+    assert stdin is not None
+    stdin.write(b"\n")
+    stdin.flush()
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while fcntl.ioctl(stdin, termios.FIONREAD, bytes(4)) != bytes(4):
+        assert time.monotonic() < deadline
+
+
+def test_ping_is_answered_behind_a_frame_that_python_could_not_finish(lock: Lock, socket_path: Path) -> None:
+    with Listening(socket_path, env=lock.environ) as server, server.connect() as guest:
+        long = [guest.send("rpc.discover") for _ in range(8)]  # It reads nothing yet.
+        with lock:
+            assert guest.result("ping")["inFlight"] == 0
+        assert all(guest.response(request_id)["result"]["openrpc"] for request_id in long)
 
 
 def test_ping_overtakes_requests_that_wait_for_python(talk: Talk, lock: Lock) -> None:

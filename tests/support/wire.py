@@ -1,4 +1,4 @@
-"""A real sidecar process and a plain, synchronous way to talk to it, line by line."""
+"""A real sidecar process and a plain, synchronous way to talk to it, message by message."""
 
 import json
 import os
@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import IO, Any, Self, cast
 
 from support.schema import Conversation
+
+from mlx_sidecar.protocol.framing import Framing
 
 COMMAND = str(Path(sys.executable).parent / "mlx-sidecar")
 PATIENCE_SECONDS = 60.0
@@ -23,7 +25,12 @@ Json = dict[str, Any]
 
 
 class Talk:
-    """A client's side of one connection. Whatever is not asked for yet is kept for later."""
+    """A client's side of one connection. Whatever is not asked for yet is kept for later.
+
+    It says and hears lines; `framing` is what keeps them apart on the wire.
+    """
+
+    framing = Framing.NDJSON
 
     def __init__(self) -> None:
         self._aside: list[Json] = []
@@ -31,8 +38,10 @@ class Talk:
         self._conversation = Conversation()
 
     def write(self, data: bytes) -> None:
-        """Write raw bytes."""
+        """Write raw bytes; with headers, a message for each line."""
         self._conversation.said(data)
+        if self.framing is Framing.LSP:
+            data = b"".join(map(Framing.LSP.wrap, data.splitlines()))
         self._write(data)
 
     def _write(self, data: bytes) -> None:
@@ -41,6 +50,13 @@ class Talk:
     def line(self) -> bytes | None:
         """Return the next line, waiting for it, or None at the end of what the server says."""
         raise NotImplementedError
+
+    def _line_of(self, file: IO[bytes]) -> bytes | None:
+        line = file.readline()
+        if self.framing is Framing.LSP and line:
+            assert file.readline() == b"\r\n"
+            return file.read(int(line.removeprefix(b"Content-Length: ")))
+        return line or None
 
     def initialize(self, **params: Any) -> Json:
         """Open the connection and return the result."""
@@ -178,15 +194,17 @@ class Sidecar:
 
 
 class Wire(Sidecar, Talk):
-    """A server on stdin and stdout, and its host. Every stdout line must be JSON."""
+    """A server on stdin and stdout, and its host. Everything on stdout must be JSON."""
 
     def __init__(
         self,
         *arguments: str | Path,
         command: Sequence[str] = (COMMAND,),
         env: Mapping[str, str] | None = None,
+        framing: Framing = Framing.NDJSON,
     ) -> None:
         super().__init__(*arguments, command=command, env=env)
+        self.framing = framing
         self._lines: queue.Queue[bytes | None] = queue.Queue()
         self.threads.append(threading.Thread(target=self._read_lines))
         self.threads[-1].start()
@@ -207,7 +225,7 @@ class Wire(Sidecar, Talk):
 
     def _read_lines(self) -> None:
         assert self.process.stdout is not None
-        for line in iter(self.process.stdout.readline, b""):
+        while (line := self._line_of(self.process.stdout)) is not None:
             self._lines.put(line)
         self._lines.put(None)
 
@@ -218,18 +236,19 @@ class Wire(Sidecar, Talk):
 class Guest(Talk):
     """A client on a connected socket. It reads when it is asked for something and at no other time."""
 
-    def __init__(self, connected: socket.socket) -> None:
+    def __init__(self, connected: socket.socket, framing: Framing = Framing.NDJSON) -> None:
         super().__init__()
+        self.framing = framing
         connected.settimeout(PATIENCE_SECONDS)
         self.socket = connected
         self._file = connected.makefile("rb")
 
     @classmethod
-    def at(cls, path: Path) -> "Guest":
+    def at(cls, path: Path, framing: Framing = Framing.NDJSON) -> "Guest":
         """Return a client of the server that listens at `path`."""
         connected = socket.socket(socket.AF_UNIX)
         connected.connect(str(path))
-        return cls(connected)
+        return cls(connected, framing)
 
     def __enter__(self) -> Self:
         return self
@@ -245,7 +264,7 @@ class Guest(Talk):
     def line(self) -> bytes | None:
         """Return the next line from the socket."""
         try:
-            return self._file.readline() or None
+            return self._line_of(self._file)
         except ConnectionResetError:
             return None  # What we had said was not read any more.
 
@@ -269,9 +288,9 @@ class Listening(Sidecar):
         self.announcement = self.process.stdout.read()
         """All that the server ever wrote to stdout, which it has closed."""
 
-    def connect(self, **params: Any) -> Guest:
+    def connect(self, framing: Framing = Framing.NDJSON, **params: Any) -> Guest:
         """Return a client for which `initialize` has been answered."""
-        guest = Guest.at(self.path)
+        guest = Guest.at(self.path, framing)
         guest.initialize(**params)
         return guest
 

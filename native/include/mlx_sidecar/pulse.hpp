@@ -13,6 +13,7 @@
 #include <thread>
 #include <unordered_set>
 
+#include "mlx_sidecar/frames.hpp"
 #include "mlx_sidecar/writer.hpp"
 
 namespace mlx_sidecar {
@@ -39,18 +40,23 @@ class Vitals {
   std::string state_ = "starting";
 };
 
-// Every byte that is read here comes out of `take` in order, but for the lines of plain pings that were
+// Every byte that is read here comes out of `take` in order, but for the frames of plain pings that were
 // answered. That happens in two cases: Python has dealt with everything before; or it has not come for 15 ms,
-// and nothing that the ping overtakes has its id or is a shutdown. Only lines of NDJSON are looked at.
+// and nothing that the ping overtakes has its id or is a shutdown. A ping is never taken together with what
+// stands before it: while Python deals with that, it can still overtake.
 class Pulse {
  public:
-  Pulse(std::shared_ptr<Vitals> vitals, int read_fd, int write_fd);
+  // With `framing` unknown the first byte tells.
+  Pulse(std::shared_ptr<Vitals> vitals, int read_fd, int write_fd, Framing framing);
   Pulse(const Pulse&) = delete;
   Pulse& operator=(const Pulse&) = delete;
   ~Pulse();
 
   // Begins to read; `greeted` has been read already, and dealt with.
   void start(std::string_view greeted);
+
+  // What has been found out by all that was read; Python may have seen nothing of it.
+  Framing framing();
 
   // Returns when there is something to take, or nothing more will come. Says that all that was taken has been
   // dealt with.
@@ -73,16 +79,16 @@ class Pulse {
 
  private:
   using Clock = std::chrono::steady_clock;
-  enum class Framing { unknown, ndjson, other };
 
   void run();
   void append(std::string_view bytes);
-  void detect(std::size_t from);
+  std::size_t for_python();
   std::string hand_over(std::size_t size);
-  bool skip_to_frame();
+  void dealt_with();
   void answer_in_turn();
   void overtake();
-  bool is_free(std::string_view id) const;
+  std::string_view unseen() const;
+  std::optional<std::string_view> free_ping(const Frame& frame) const;
   bool answer(std::string_view id, bool overtaking);
   int timeout_ms();
   void wake();
@@ -102,10 +108,10 @@ class Pulse {
 
   std::string waiting_;     // not taken yet
   std::string unfinished_;  // taken, but not known to have been dealt with
-  bool consumed_ = true;    // all of what was taken
-  Framing framing_ = Framing::unknown;
-  std::size_t looked_at_ = 0;  // This much of what is waiting is Python's for certain,
-  bool at_frame_ = false;      // and a frame begins behind it.
+  bool whole_ = true;       // what was taken ends with a frame
+  bool consumed_ = true;    // all of it has been dealt with, as far as it is whole
+  FrameFinder finder_;      // has passed all that was taken,
+  std::size_t passed_ = 0;  // and so much of what is waiting, which is Python's for certain
   Clock::time_point look_at_ = Clock::time_point::max();
   Clock::time_point patience_ends_ = Clock::time_point::max();
 };

@@ -14,6 +14,8 @@
 
 namespace {
 
+using mlx_sidecar::Framing;
+
 void check(bool fine, const char* what) {
   if (fine) return;
   std::fprintf(stderr, "%s\n", what);
@@ -34,14 +36,19 @@ std::size_t count(const std::string& text, const std::string& part) {
   return found;
 }
 
-void converse(const std::shared_ptr<mlx_sidecar::Vitals>& vitals, bool leave_early) {
+std::string framed(Framing framing, const std::string& body) {
+  if (framing == Framing::ndjson) return body + "\n";
+  return "Content-Length: " + std::to_string(body.size()) + "\r\n\r\n" + body;
+}
+
+void converse(const std::shared_ptr<mlx_sidecar::Vitals>& vitals, Framing framing, bool leave_early) {
   constexpr int kPings = 400;
   constexpr int kFrames = 50;
   int ends[2];
   check(::socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0, "no sockets");
-  mlx_sidecar::Pulse pulse(vitals, ends[0], ends[0]);
-  pulse.start("{}\n");
-  say(ends[1], "{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"ping\"}\n");
+  mlx_sidecar::Pulse pulse(vitals, ends[0], ends[0], Framing::unknown);
+  pulse.start("\r\n");
+  say(ends[1], framed(framing, R"({"jsonrpc":"2.0","id":1,"method":"ping"})"));
   char answer[1000];
   check(::read(ends[1], answer, sizeof answer) > 0, "a ping was not answered");
   std::string read;
@@ -57,7 +64,7 @@ void converse(const std::shared_ptr<mlx_sidecar::Vitals>& vitals, bool leave_ear
     }
   });
   std::thread writer([&] {
-    const std::string frame = "{\"frame\":\"" + std::string(100'000, 'x') + "\"}\n";
+    const std::string frame = framed(framing, "{\"frame\":\"" + std::string(100'000, 'x') + "\"}");
     try {
       for (int i = 0; i < kFrames; ++i) {
         const auto written = pulse.writer.try_write(frame);
@@ -75,8 +82,8 @@ void converse(const std::shared_ptr<mlx_sidecar::Vitals>& vitals, bool leave_ear
   std::thread asker([&] {
     for (int i = 0; i < kPings; ++i) {
       const std::string id = std::to_string(1000 + i);
-      say(ends[1],
-          R"({"jsonrpc":"2.0","id":)" + id + R"(,"method":"ping"})" + "\n" + "{\"other\":" + id + "}\n");
+      say(ends[1], framed(framing, R"({"jsonrpc":"2.0","id":)" + id + R"(,"method":"ping"})"));
+      say(ends[1], framed(framing, "{\"other\":" + id + "}"));
     }
     if (!leave_early) ::shutdown(ends[1], SHUT_WR);
   });
@@ -98,7 +105,7 @@ void converse(const std::shared_ptr<mlx_sidecar::Vitals>& vitals, bool leave_ear
   ::close(ends[0]);
   ::close(ends[1]);
   check(count(read, "\"other\"") == kPings, "something was lost");
-  if (!leave_early) check(count(heard, "xx\"}\n") == kFrames, "a frame was broken");
+  if (!leave_early) check(count(heard, "xx\"}") == kFrames, "a frame was broken");
 }
 
 }  // namespace
@@ -107,6 +114,10 @@ int main() {
   std::signal(SIGPIPE, SIG_IGN);
   const auto vitals = std::make_shared<mlx_sidecar::Vitals>(0.0);
   std::vector<std::thread> conversations;
-  for (int i = 0; i < 4; ++i) conversations.emplace_back([&, i] { converse(vitals, i % 2 == 1); });
+  for (const auto framing : {Framing::ndjson, Framing::lsp}) {
+    for (const bool leave_early : {false, true}) {
+      conversations.emplace_back([&, framing, leave_early] { converse(vitals, framing, leave_early); });
+    }
+  }
   for (auto& conversation : conversations) conversation.join();
 }

@@ -19,19 +19,30 @@ from support.channels import PATIENCE_SECONDS
 
 from mlx_sidecar.native.pulse import SWITCH, IdsInFlight, Pulses
 from mlx_sidecar.protocol import jsonrpc
+from mlx_sidecar.protocol.framing import MAX_INBOUND_FRAME_BYTES, FrameReader, Framing
 from mlx_sidecar.protocol.messages import PingResult
 
-FIRST = b'{"jsonrpc":"2.0","method":"first"}\n'
+FIRST = b'{"jsonrpc":"2.0","method":"first"}'
+LONG = b'{"jsonrpc":"2.0","method":"' + b"x" * 10_000 + b'"}'
+NDJSON, LSP = Framing.NDJSON, Framing.LSP
 
 
 def ping(request_id: int | str = 1, **members: Any) -> bytes:
-    return json.dumps({"jsonrpc": "2.0", "id": request_id, "method": "ping"} | members).encode() + b"\n"
+    return json.dumps({"jsonrpc": "2.0", "id": request_id, "method": "ping"} | members).encode()
 
 
 class End:
     """A pulse over a socket or two pipes, and the peer at their other end."""
 
-    def __init__(self, kind: str = "socket", greeted: bytes = FIRST, pulses: Pulses | None = None) -> None:
+    def __init__(
+        self,
+        kind: str = "socket",
+        framing: Framing = NDJSON,
+        *,
+        greeted: bytes | None = None,
+        pulses: Pulses | None = None,
+        pinned: bool = False,
+    ) -> None:
         if kind == "socket":
             near, far = socket.socketpair()
             self._near = [near.detach()]
@@ -41,12 +52,13 @@ class End:
         else:
             (read, self._say), (self._hear, write) = os.pipe(), os.pipe()
             self._near, self._far = [read, write], [self._say, self._hear]
+        self.framing = framing
         self.pulses = pulses or Pulses(time.monotonic())
-        pulse = self.pulses.over(read, write)
+        pulse = self.pulses.over(read, write, framing.value if pinned else "")
         assert pulse is not None
         self.pulse = pulse
         self._heard = os.fdopen(os.dup(self._hear), "rb")
-        self.pulse.start(greeted)
+        self.pulse.start(framing.wrap(FIRST) if greeted is None else greeted)
 
     def __enter__(self) -> Self:
         return self
@@ -56,6 +68,12 @@ class End:
         self._heard.close()
         for descriptor in [*self._near, *self._far]:
             os.close(descriptor)
+
+    def framed(self, *bodies: bytes) -> bytes:
+        return b"".join(map(self.framing.wrap, bodies))
+
+    def ask(self, *bodies: bytes) -> None:
+        self.say(self.framed(*bodies))
 
     def say(self, data: bytes) -> None:
         while data:
@@ -84,7 +102,13 @@ class End:
             self._far.remove(self._say)
 
     def hear(self) -> Any:
-        return json.loads(self._heard.readline())
+        line = self._heard.readline()
+        if self.framing is LSP:
+            assert line.startswith(b"Content-Length: ")
+            assert self._heard.readline() == b"\r\n"
+            line = self._heard.read(int(line[16:]))
+            assert b"\n" not in line
+        return json.loads(line)
 
     def rest(self) -> bytes:
         """All that comes out of the pulse up to the end."""
@@ -95,8 +119,18 @@ class End:
 
 
 @pytest.fixture(params=["socket", "pipes"])
-def end(request: pytest.FixtureRequest) -> Generator[End]:
-    with End(request.param) as end:
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=Framing)
+def framing(request: pytest.FixtureRequest) -> Framing:
+    return request.param
+
+
+@pytest.fixture
+def end(kind: str, framing: Framing) -> Generator[End]:
+    with End(kind, framing) as end:
         yield end
 
 
@@ -116,7 +150,7 @@ def read_in_the_background(end: End) -> "queue.Queue[bytes]":
 def overtaken(pulses: Pulses) -> None:
     """Return when a ping that was sent just now has been answered because nobody came for it."""
     with End(pulses=pulses) as other:
-        other.say(FIRST + ping("time passes"))
+        other.ask(FIRST, ping("time passes"))
         assert other.hear()["id"] == "time passes"
 
 
@@ -135,8 +169,8 @@ PLAIN = [
     ping(params=[]),
     ping(params=[None]).replace(b" ", b""),
     ping(params=None),
-    b'\t{ "params" : {} ,"method":"ping", "id" : 5\t, "jsonrpc":"2.0" } \r\n',
-    ping().replace(b"\n", b" " * (512 - len(ping()) + 1) + b"\n"),
+    b'\t{ "params" : {} ,"method":"ping", "id" : 5\t, "jsonrpc":"2.0" } \r',
+    ping() + b" " * (512 - len(ping())),
 ]
 NEAR_MISSES = [
     ping("\u00e9"),
@@ -164,31 +198,31 @@ NEAR_MISSES = [
     ping().replace(b"}", b"} x"),
     ping().replace(b"{", b"\x0b{"),
     ping().replace(b"{", b"\xef\xbb\xbf{"),
-    b"[" + ping()[:-1] + b"]\n",
-    ping().replace(b"\n", b" " * (513 - len(ping()) + 1) + b"\n"),
-    b"\n",
+    b"[" + ping() + b"]",
+    ping() + b" " * (513 - len(ping())),
+    b"",
 ]
 
 
-@pytest.mark.parametrize("line", PLAIN)
-def test_a_plain_ping_is_answered_whether_python_waits_for_it_or_does_not_come(end: End, line: bytes) -> None:
-    end.say(line)
-    assert end.hear()["id"] == json.loads(line)["id"]
+@pytest.mark.parametrize("body", PLAIN)
+def test_a_plain_ping_is_answered_whether_python_waits_for_it_or_does_not_come(end: End, body: bytes) -> None:
+    end.ask(body)
+    assert end.hear()["id"] == json.loads(body)["id"]
     read_in_the_background(end)
-    end.say(line)
-    assert end.hear()["id"] == json.loads(line)["id"]
+    end.ask(body)
+    assert end.hear()["id"] == json.loads(body)["id"]
 
 
-@pytest.mark.parametrize("line", NEAR_MISSES)
-def test_whatever_is_not_quite_a_plain_ping_is_left_to_python(line: bytes) -> None:
-    with End() as end:
+@pytest.mark.parametrize("body", NEAR_MISSES)
+def test_whatever_is_not_quite_a_plain_ping_is_left_to_python(framing: Framing, body: bytes) -> None:
+    with End(framing=framing) as end:
         taken = read_in_the_background(end)
-        end.say(line)
-        assert taken.get(timeout=PATIENCE_SECONDS) == line
-    with End() as end:
-        end.say(line + ping("behind"))
+        end.ask(body)
+        assert taken.get(timeout=PATIENCE_SECONDS) == end.framed(body)
+    with End(framing=framing) as end:
+        end.ask(body, ping("behind"))
         assert end.hear()["id"] == "behind"
-        assert end.pulse.read() == line
+        assert end.pulse.read() == end.framed(body)
 
 
 def test_the_answer_is_the_one_that_python_would_give(end: End) -> None:
@@ -198,7 +232,7 @@ def test_the_answer_is_the_one_that_python_would_give(end: End) -> None:
         end.pulses.note_step(step)
         result.last_step_age_ms = None if step is None else 2.5
         python = json.loads(jsonrpc.encode_outcome("x", result))
-        end.say(ping("x"))
+        end.ask(ping("x"))
         native = end.hear()
         assert list(native) == list(python)
         assert [(name, type(value)) for name, value in native["result"].items()] == [
@@ -210,7 +244,7 @@ def test_the_answer_is_the_one_that_python_would_give(end: End) -> None:
 def test_times_count_from_where_python_says() -> None:
     with End(pulses=Pulses(time.monotonic() - 1000)) as end:
         end.pulses.note_step(time.monotonic() - 500)
-        end.say(ping())
+        end.ask(ping())
         result = end.hear()["result"]
         assert 1_000_000 <= result["uptimeMs"] < 1_000_000 + 1000 * PATIENCE_SECONDS
         assert 500_000 <= result["lastStepAgeMs"] < 500_000 + 1000 * PATIENCE_SECONDS
@@ -218,17 +252,66 @@ def test_times_count_from_where_python_says() -> None:
 
 def test_pings_are_counted_and_those_that_overtook_something_apart() -> None:
     with End() as end:
-        end.say(ping(1))
+        end.ask(ping(1))
         end.hear()
         report = end.pulses.report()
         assert (report.active, report.reason, report.answered) == (True, None, 1)
     with End(pulses=end.pulses) as other:
-        other.say(FIRST + ping(2))
+        other.ask(FIRST, ping(2))
         other.hear()
         assert end.pulses.report()[2:] == (2, report.overtook + 1)
 
 
-# What is not
+def test_a_ping_behind_what_python_deals_with_is_not_taken_with_it(end: End) -> None:
+    """Python may lose the lock between two frames of what it has taken."""
+    end.ask(FIRST, ping(1), FIRST, ping(2))
+    assert end.pulse.read() == end.framed(FIRST)
+    assert [end.hear()["id"], end.hear()["id"]] == [1, 2]
+    assert end.pulse.read() == end.framed(FIRST)
+
+
+def test_a_ping_is_answered_in_whatever_pieces_it_comes(end: End) -> None:
+    taken = read_in_the_background(end)
+    for piece in end.framed(ping(1)):
+        end.say(bytes([piece]))
+    assert end.hear()["id"] == 1
+    end.ask(FIRST)
+    assert taken.get(timeout=PATIENCE_SECONDS) == end.framed(FIRST)
+
+
+# The first frame
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.parametrize("greeted", [b"", b"\xef", b"\xef\xbb\xbf", b" \n", b"\xef\xbb\xbf\r\n"])
+def test_the_first_frame_is_answered_and_tells_the_framing(
+    framing: Framing, greeted: bytes, *, pinned: bool
+) -> None:
+    with End(framing=framing, greeted=greeted, pinned=pinned) as end:
+        end.say(b"\xef\xbb\xbf"[len(greeted) :] * (greeted == b"\xef") + end.framed(ping(1), ping(2), FIRST))
+        assert [end.hear()["id"], end.hear()["id"]] == [1, 2]
+        assert end.pulse.framing == framing.value
+        assert end.pulse.read().endswith(end.framed(FIRST))
+
+
+def test_until_something_was_said_the_framing_is_unknown() -> None:
+    with End(greeted=b"\xef\xbb\xbf\r\n") as end:
+        assert end.pulse.framing == ""
+
+
+@pytest.mark.parametrize("size", range(1, len(ping()) + 2))
+def test_a_first_frame_that_python_has_begun_to_read_is_pythons(framing: Framing, size: int) -> None:
+    said = framing.wrap(ping(1))
+    with End(framing=framing, greeted=said[: size % len(said)]) as end:
+        end.say(said[size % len(said) :] + end.framed(ping(2)))
+        heard = end.hear()["id"]
+        if heard == 1:
+            assert size % len(said) == 0
+        else:
+            assert end.pulse.read() == said[size % len(said) :]
+
+
+# What is not answered
 
 
 def test_ids_in_flight_are_pythons_to_refuse_until_they_have_been_answered(end: End) -> None:
@@ -236,108 +319,164 @@ def test_ids_in_flight_are_pythons_to_refuse_until_they_have_been_answered(end: 
     for request_id in (7, "x", "lone \ud800", 'with "quotes"'):
         ids.add(request_id)
     for request_id in (7, "x"):
-        end.say(ping(request_id))
-        assert end.pulse.read() == ping(request_id)
-    end.say(ping("7"))
+        end.ask(ping(request_id))
+        assert end.pulse.read() == end.framed(ping(request_id))
+    end.ask(ping("7"))
     assert end.hear()["result"]["inFlight"] == 4
     ids.discard(7)
     ids.discard("lone \ud800")
     ids.discard("never was")
-    end.say(ping(7))
+    end.ask(ping(7))
     assert end.hear()["result"]["inFlight"] == 2
     assert ids == {"x", 'with "quotes"'}
 
 
 def test_after_shutdown_every_ping_is_pythons_to_refuse(end: End) -> None:
     end.pulse.shut_down()
-    end.say(ping(1) + ping(2))
+    end.ask(ping(1), ping(2))
     overtaken(end.pulses)
-    assert end.pulse.read() == ping(1) + ping(2)
+    assert end.pulse.read() == end.framed(ping(1), ping(2))
 
 
 def test_a_shutdown_that_waits_or_is_being_dealt_with_is_not_overtaken(end: End) -> None:
-    shutdown = b'{"jsonrpc":"2.0","id":1,"method":"shutdown"}\n'
+    shutdown = end.framed(b'{"jsonrpc":"2.0","id":1,"method":"shutdown","params":' + b" " * 2000 + b"{}}")
     end.say(shutdown[:-10])
     assert end.pulse.read() == shutdown[:-10]
-    end.say(shutdown[-10:] + ping(2))
+    end.say(shutdown[-10:] + end.framed(ping(2)))
     overtaken(end.pulses)
-    assert end.pulse.read() == shutdown[-10:] + ping(2)
-    end.say(ping(3))
+    assert end.pulse.read() == shutdown[-10:]
     overtaken(end.pulses)
-    assert end.pulse.read() == ping(3)
+    end.pulse.shut_down()
+    assert end.pulse.read() == end.framed(ping(2))
 
 
-@pytest.mark.parametrize("taken", [0, 20, 34, 60])
+@pytest.mark.parametrize("taken", [0, 1070, 1090, 2000])
 def test_a_request_with_the_same_id_is_not_overtaken(end: End, taken: int) -> None:
-    said = b'{"jsonrpc": "2.0", "id" : "twice", "method": "models"}\n' + ping("twice")
+    said = end.framed(b" " * 1050 + b'{"jsonrpc": "2.0", "id" : "twice", "method": "models"}' + b" " * 2000)
     end.say(said[:taken])
     if taken:
         assert end.pulse.read() == said[:taken]
-    end.say(said[taken:] + ping("other"))
+    end.say(said[taken:] + end.framed(ping("twice"), ping("other")))
     assert end.hear()["id"] == "other"
-    assert end.pulse.read() == said[taken:]
+    assert end.pulse.read() == said[taken:] + end.framed(ping("twice"))
 
 
-def test_a_line_that_python_has_seen_the_beginning_of_is_pythons(end: End) -> None:
-    end.say(ping(1)[:10])
-    assert end.pulse.read() == ping(1)[:10]
-    end.say(ping(1)[10:] + ping(2))
-    assert end.hear()["id"] == 2
-    assert end.pulse.read() == ping(1)[10:]
-
-
-def test_a_line_that_comes_in_pieces_is_looked_at_when_it_is_whole(end: End) -> None:
-    end.say(FIRST + ping(1)[:10])
+def test_a_frame_that_comes_in_pieces_is_looked_at_when_it_is_whole(end: End) -> None:
+    said = end.framed(ping(1))
+    end.say(end.framed(FIRST) + said[:10])
     overtaken(end.pulses)
-    end.say(ping(1)[10:])
+    end.say(said[10:])
     assert end.hear()["id"] == 1
-    assert end.pulse.read() == FIRST
+    assert end.pulse.read() == end.framed(FIRST)
 
 
-@pytest.mark.parametrize("greeted", [b"", b"\xef", b"\xef\xbb\xbf", b" \n", b'{"first'])
-def test_the_first_frame_is_pythons_which_finds_the_framing_by_it(greeted: bytes) -> None:
-    with End(greeted=greeted) as end:
-        end.say(b"\n\n" * (not greeted) + ping(1) + ping(2))
-        assert end.hear()["id"] == 2
-        assert end.pulse.read().lstrip() == ping(1)
-
-
-@pytest.mark.parametrize("greeted", [b"", b"\xef", b"\r\nCon"])
-def test_headers_are_passed_on_untouched(greeted: bytes) -> None:
-    said = b"\xef\xbb\xbf\r\ncontent-length: 99\r\n\r\n"[len(greeted) :] + b"x\n" + ping() * 10
-    with End(greeted=greeted) as end:
+@pytest.mark.parametrize(
+    "header",
+    [
+        "Content-Length: -5\r\n\r\n",
+        "Content-Length: #\n\n",
+        "Content-Length: #\r\n\n",
+        "Content-Length: #\n\r\n",
+        "\r\nContent-Length: #\r\n\r\n",
+        "Content-Length: #\r\nX-Other: 1\r\n\r\n",
+        "Content-Length: #\r\nContent-Length: #\r\n\r\n",
+        "Content-Length: #\r\nContent-Type: text; charset=latin1\r\n\r\n",
+        "Content-Length: +#\r\n\r\n",
+        "Content-Length: 0000000#\r\n\r\n",
+        "Content-Length #\r\n\r\n",
+        "Content-Length: \r\n\r\n",
+        "Content-Length: #\r\r\n\r\n",
+        "Content-Type: a\r\n\r\n",
+        "Content-Length: " + " " * 300 + "#\r\n\r\n",
+    ],
+)
+def test_behind_an_unusual_header_everything_is_pythons(header: str) -> None:
+    said = header.replace("#", str(len(FIRST))).encode() + FIRST + LSP.wrap(ping()) * 20
+    with End(framing=LSP) as end:
         end.say(said)
         overtaken(end.pulses)
         end.say_no_more()
         assert end.rest() == said
 
 
+@pytest.mark.parametrize("frame", [b"Content-Length: -5\r\n\r\n", b"Content-Length: 1\n\n1"])
+def test_python_is_told_at_once_of_a_header_that_only_it_can_judge(frame: bytes) -> None:
+    with End(framing=LSP) as end:
+        end.say(frame)
+        assert end.pulse.read() == frame
+
+
+@pytest.mark.parametrize("excess", [0, 1])
+def test_behind_a_frame_beyond_the_limit_everything_is_pythons(excess: int) -> None:
+    """Python ends the connection there."""
+    size = MAX_INBOUND_FRAME_BYTES + excess
+    with End(framing=LSP) as end:
+        reading = threading.Thread(target=end.rest, daemon=True)
+        reading.start()
+        end.say(b"Content-Length: %d\r\n\r\n" % size)
+        for _ in range(0, MAX_INBOUND_FRAME_BYTES, 1024 * 1024):
+            end.say(b"x" * 1024 * 1024)
+        end.say(b"x" * excess)
+        end.ask(ping())
+        end.say_no_more()
+        reading.join(PATIENCE_SECONDS)
+        end.pulse.write_all(end.framed(b'"end"'))
+        assert (end.hear() == "end") == bool(excess)
+
+
 # Bytes
 
 
-LINES = st.lists(
-    st.one_of(
-        st.just("ping"),
-        st.sampled_from([line for line in NEAR_MISSES if line != ping().replace(b"}", b"")]),
-        st.binary(max_size=40).map(lambda line: line.replace(b"\n", b"") + b"\n"),
+BODIES = st.one_of(
+    st.just("ping"), st.sampled_from(NEAR_MISSES), st.binary(max_size=40), st.just(LONG), st.just(FIRST)
+)
+HEADERS = st.one_of(
+    st.just(b"Content-Length: %d\r\n\r\n"),
+    st.sampled_from(
+        [
+            b"content-length:%d \r\n\r\n",
+            b"Content-Type: application/vscode-jsonrpc; charset=utf-8\r\nContent-Length: %d\r\n\r\n",
+            b"CONTENT-LENGTH: %d\r\nContent-Type: text; charset=UTF8\r\n\r\n",
+            b"Content-Length: 00%d\r\n\r\n",
+            b"Content-Length: %d\n\n",
+            b"\r\nContent-Length: %d\r\n\r\n",
+            b"Content-Length: %d1\r\n\r\n",
+            b"x%d\r\n\r\n",
+        ]
     ),
-    max_size=30,
 )
 
 
 @given(
-    kinds=LINES,
+    framing=st.sampled_from(Framing),
+    prefix=st.sampled_from([b"", b"\xef\xbb\xbf", b" \n", b" \xef\xbb\xbf", b"\xef", b"\xef\xbb\n"]),
+    bodies=st.lists(BODIES, max_size=30),
+    header=HEADERS,
     cuts=st.lists(st.integers(1, 60)),
     kind=st.sampled_from(["socket", "pipes"]),
     late=st.booleans(),
 )
-def test_all_bytes_come_out_in_order_but_for_pings_that_were_answered_once(
-    kinds: list[Any], cuts: list[int], kind: str, late: bool
+def test_python_reads_every_frame_but_the_pings_that_were_answered_once(
+    framing: Framing,
+    prefix: bytes,
+    bodies: list[Any],
+    header: bytes,
+    cuts: list[int],
+    kind: str,
+    *,
+    late: bool,
 ) -> None:
-    said = [ping(f"#{n}") if line == "ping" else line for n, line in enumerate(kinds)]
-    with End(kind) as end:
+    said = [ping(f"#{n}") if body == "ping" else body for n, body in enumerate(bodies)]
+    if framing is LSP:
+        stream = prefix + b"".join(
+            (header if n % 3 else b"Content-Length: %d\r\n\r\n") % len(body) + body
+            for n, body in enumerate(said)
+        )
+    else:
+        stream = prefix + b"".join(body + b"\n" for body in said)
+    whole = stream
+    with End(kind, greeted=b"") as end:
         reading = None if late else read_in_the_background(end)
-        stream = b"".join(said)
         for cut in cuts:
             end.say(stream[:cut])
             stream = stream[cut:]
@@ -347,38 +486,45 @@ def test_all_bytes_come_out_in_order_but_for_pings_that_were_answered_once(
             overtaken(end.pulses)
             reading = read_in_the_background(end)
         read = b"".join(iter(lambda: reading.get(timeout=PATIENCE_SECONDS), b""))
-        end.pulse.write_all(b'"end"\n')
+        found = Framing(end.pulse.framing) if end.pulse.framing else None
+        end.framing = found or NDJSON
+        end.pulse.write_all(end.framed(b'"end"'))
         answered = [answer["id"] for answer in iter(end.hear, "end")]
-    assert len(set(answered)) == len(answered)
+    frames = frames_in(whole, None)
     for request_id in answered:
-        said.remove(ping(request_id))
-    assert read == b"".join(said)
+        frames.remove(ping(request_id))
+    assert frames_in(read, found) == frames
+
+
+def frames_in(stream: bytes, framing: Framing | None) -> list[bytes | str]:
+    reader = FrameReader(framing)
+    frames = [*reader.feed(stream), *reader.close()]
+    return [frame if isinstance(frame, bytes) else type(frame).__name__ for frame in frames]
 
 
 def test_what_nobody_takes_fills_the_pipe_and_not_the_memory(end: End) -> None:
-    line = b'{"jsonrpc":"2.0","method":"' + b"x" * 10_000 + b'"}\n'
+    frame = end.framed(LONG)
     said = bytearray()
-    while len(said) < 1000 * len(line) and end.takes_more():
-        begun = len(said) % len(line)
-        said += line[begun : begun + end.say_what_fits(line[begun:])]
-    assert len(said) < 300 * len(line)
+    while len(said) < 1000 * len(frame) and end.takes_more():
+        begun = len(said) % len(frame)
+        said += frame[begun : begun + end.say_what_fits(frame[begun:])]
+    assert len(said) < 300 * len(frame)
     reading = read_in_the_background(end)
     end.say_no_more()
     assert b"".join(iter(lambda: reading.get(timeout=PATIENCE_SECONDS), b"")) == said
 
 
-def test_the_last_line_may_lack_its_newline(end: End) -> None:
-    end.say(ping(1) + ping(2)[:-1])
+def test_the_last_frame_may_lack_its_end(end: End) -> None:
+    end.say(end.framed(ping(1), ping(2))[:-1])
     end.say_no_more()
-    read = end.rest()
-    assert read in (ping(2)[:-1], ping(1) + ping(2)[:-1])
+    assert end.hear()["id"] == 1
+    assert end.rest() == end.framed(ping(2))[:-1]
     assert end.pulse.read() == b""
 
 
 # Writing
 
 
-@pytest.mark.parametrize("kind", ["socket", "pipes"])
 def test_answers_never_come_into_the_middle_of_a_frame(kind: str) -> None:
     frames = [b'{"frame":%d,"filler":"%s"}\n' % (n, b"x" * (n * 9770 % 150_000)) for n in range(60)]
     pings = 300
@@ -395,7 +541,7 @@ def test_answers_never_come_into_the_middle_of_a_frame(kind: str) -> None:
 
         def ask() -> None:
             for n in range(pings):
-                end.say(ping(n))
+                end.ask(ping(n))
             end.say_no_more()
             left.extend(iter(lambda: taken.get(timeout=PATIENCE_SECONDS), b""))
 
@@ -416,26 +562,42 @@ def test_answers_never_come_into_the_middle_of_a_frame(kind: str) -> None:
     assert answered | by_python == set(range(pings))
 
 
-def test_while_a_frame_is_unfinished_pings_are_pythons(end: End) -> None:
-    frame = b'"' + b"x" * 1_000_000 + b'"\n'
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_frame_that_python_has_begun_is_finished_for_it_and_pings_come_behind(
+    end: End, *, finished: bool
+) -> None:
+    """Between beginning and finishing it, Python may lose the lock."""
+    frame = end.framed(b'"' + b"x" * 1_000_000 + b'"')
     written = end.pulse.try_write(frame)
     assert 0 < written < len(frame)
-    end.say(ping(1))
-    assert end.pulse.read() == ping(1)
-    writing = threading.Thread(target=lambda: end.pulse.write_all(memoryview(frame)[written:]), daemon=True)
-    writing.start()
-    assert len(end.hear()) == 1_000_000
-    writing.join(PATIENCE_SECONDS)
-    end.say(ping(2))
-    assert end.hear()["id"] == 2
+    end.ask(FIRST, ping(1))
+    heard: list[Any] = []
+    listening = threading.Thread(target=lambda: heard.extend(end.hear() for _ in range(3)), daemon=True)
+    listening.start()
+    if finished:
+        end.pulse.write_all(memoryview(frame)[written:])
+    end.ask(ping(2))
+    listening.join(PATIENCE_SECONDS)
+    assert [len(heard[0]), heard[1]["id"], heard[2]["id"]] == [1_000_000, 1, 2]
+    if not finished:
+        end.pulse.write_all(memoryview(frame)[written:])
+    end.pulse.write_all(end.framed(b'"behind"'))
+    assert end.hear() == "behind"
+
+
+def test_a_ping_that_cannot_be_answered_now_is_pythons(end: End) -> None:
+    frame = end.framed(b'"' + b"x" * 1_000_000 + b'"')
+    assert 0 < end.pulse.try_write(frame) < len(frame)
+    end.ask(ping(1))
+    assert end.pulse.read() == end.framed(ping(1))
 
 
 def test_a_peer_that_has_gone_ends_the_input_and_fails_both_ways_of_writing(end: End) -> None:
-    end.say(FIRST + ping())
+    end.ask(FIRST, ping())
     end._heard.close()  # pyright: ignore[reportPrivateUsage]
     while end._far:  # pyright: ignore[reportPrivateUsage]
         os.close(end._far.pop())  # pyright: ignore[reportPrivateUsage]
-    assert FIRST in end.rest()
+    assert end.framed(FIRST) in end.rest()
     with pytest.raises(BrokenPipeError):
         end.pulse.write_all(b"x")
     with pytest.raises(BrokenPipeError):
@@ -473,7 +635,7 @@ def test_descriptors_and_threads_are_given_back() -> None:
     before = held()
     for kind in ("socket", "pipes") * 20:
         with End(kind, pulses=pulses) as end:
-            end.say(ping())
+            end.ask(ping())
     for _ in range(20):
         make_without_stopping(pulses)
     assert held() == before
@@ -481,7 +643,7 @@ def test_descriptors_and_threads_are_given_back() -> None:
 
 def test_a_file_is_read_to_its_end(tmp_path: Path) -> None:
     file = tmp_path / "said"
-    file.write_bytes(said := FIRST * 50_000)
+    file.write_bytes(said := NDJSON.wrap(FIRST) * 50_000)
     with file.open("rb") as source, (tmp_path / "heard").open("wb") as sink:
         pulse = Pulses(0.0).over(source.fileno(), sink.fileno())
         assert pulse is not None
@@ -520,7 +682,7 @@ def test_the_sanitizers_find_nothing(sanitizers: str, tmp_path: Path) -> None:
     if compiler is None:
         pytest.skip("there is no compiler")
     command = [compiler, "-std=c++17", "-g", "-O1", "-pthread", f"-fsanitize={sanitizers}"]
-    sources = [native / f"src/{name}.cpp" for name in ("ping", "pulse", "writer")]
+    sources = [native / f"src/{name}.cpp" for name in ("frames", "ping", "pulse", "writer")]
     command += ["-fno-sanitize-recover=all", f"-I{native / 'include'}", f"-o{program}"]
     sources.append(Path(__file__).with_name("pulse_test.cpp"))
     compiled = subprocess.run([*command, *sources], capture_output=True, text=True, timeout=110)
