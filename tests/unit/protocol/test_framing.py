@@ -44,6 +44,11 @@ def test_a_byte_order_mark_is_skipped_at_the_start_only() -> None:
     assert read(BOM + b"one\n" + BOM + b"two\n", bytewise=True)[0] == [b"one", BOM + b"two"]
 
 
+@pytest.mark.parametrize("bytewise", [False, True])
+def test_a_byte_order_mark_behind_a_blank_is_none(bytewise: bool) -> None:
+    assert read(b" " + BOM + b"one\n", bytewise=bytewise) == ([BOM + b"one"], Framing.NDJSON)
+
+
 def test_nothing_but_blanks_decides_nothing() -> None:
     assert read(b" \n\n", bytewise=False) == ([], None)
 
