@@ -14,14 +14,18 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from engine_bench import BATCH, OURS, SERVER, Bench, Refusal, check_requirements, make_folder
-from engine_growth import measure_growth
-from report import publish
-from sides.measures import Figures, gaps, sums
-from sides.rounds import Answer
-from sides.side import SideError, mlx_lm_server, sidecar
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.engine_bench import CpuBench, Refusal, check_requirements, make_folder
+from benchmarks.engine_growth import measure_growth
+from benchmarks.report import publish
+from benchmarks.sides.bench import BATCH, OURS, SERVER
+from benchmarks.sides.measures import Figures, gaps, sums
+from benchmarks.sides.rounds import Answer
+from benchmarks.sides.side import SideError, mlx_lm_server, sidecar
 
 PROMPT_TOKENS, NEW_TOKENS = 128, 64
 SHORT_PROMPT_TOKENS, LONG_PROMPT_TOKENS = 64, 512
@@ -29,7 +33,7 @@ SHORT_PROMPT_TOKENS, LONG_PROMPT_TOKENS = 64, 512
 RUNNING_TOKENS = 40
 
 
-def measure_streams(bench: Bench, streams: int) -> Figures:
+def measure_streams(bench: CpuBench, streams: int) -> Figures:
     """Return what so many streams at once reach, prompts included."""
     sides = (OURS, BATCH, SERVER)
     bench.warm(sides, streams, PROMPT_TOKENS)
@@ -37,7 +41,7 @@ def measure_streams(bench: Bench, streams: int) -> Figures:
     for number in bench.rounds():
         prompts = bench.prompts.some(streams, PROMPT_TOKENS)
         before = {side: bench.side(side).processor_seconds() for side in sides}
-        answers = bench.ask(number, sides, [prompt.asking_for(NEW_TOKENS) for prompt in prompts])
+        answers = bench.ask_alike(number, sides, [prompt.asking_for(NEW_TOKENS) for prompt in prompts])
         if answers is None:
             continue
         work = {side: bench.side(side).processor_seconds() - before[side] for side in sides}
@@ -55,12 +59,12 @@ def measure_streams(bench: Bench, streams: int) -> Figures:
     return figures
 
 
-def measure_first_token(bench: Bench) -> Figures:
+def measure_first_token(bench: CpuBench) -> Figures:
     """Return the time to the first token of a short prompt beside one running stream."""
     return _beside_one(bench, SHORT_PROMPT_TOKENS, "first token ms", _first_token)
 
 
-def measure_gap(bench: Bench) -> Figures:
+def measure_gap(bench: CpuBench) -> Figures:
     """Return the worst gap of a running stream while a long prompt is read."""
     return _beside_one(bench, LONG_PROMPT_TOKENS, "worst gap ms", _worst_gap)
 
@@ -73,7 +77,9 @@ def _worst_gap(running: Answer, late: Answer) -> float:
     return max(gaps(running, late.sent, late.parts[0][0]))
 
 
-def _beside_one(bench: Bench, length: int, name: str, measure: Callable[[Answer, Answer], float]) -> Figures:
+def _beside_one(
+    bench: CpuBench, length: int, name: str, measure: Callable[[Answer, Answer], float]
+) -> Figures:
     sides = (OURS, SERVER)
     bench.warm(sides, 1, PROMPT_TOKENS)
     figures = Figures()
@@ -81,7 +87,7 @@ def _beside_one(bench: Bench, length: int, name: str, measure: Callable[[Answer,
         running = bench.prompts.one(PROMPT_TOKENS).asking_for(RUNNING_TOKENS)
         # At another moment each time: a server that looks for new requests now and then may be lucky.
         late = bench.prompts.one(length).asking_for(4, after_tokens=6 + number % 5)
-        answers = bench.ask(number, sides, [running, late])
+        answers = bench.ask_alike(number, sides, [running, late])
         if answers is None:
             continue
         values = {side: measure(*one) for side, one in answers.items()}
@@ -91,7 +97,7 @@ def _beside_one(bench: Bench, length: int, name: str, measure: Callable[[Answer,
     return figures
 
 
-def measure_start(bench: Bench) -> Figures:
+def measure_start(bench: CpuBench) -> Figures:
     """Return the time from the start of the server's process to its first token, the model loaded between."""
     figures = Figures()
     for number in bench.rounds():
@@ -111,7 +117,7 @@ def measure_start(bench: Bench) -> Figures:
     return figures
 
 
-def measure_memory(bench: Bench) -> Figures:
+def measure_memory(bench: CpuBench) -> Figures:
     """Return the most that a fresh server holds until 16 streams have ended, loading included."""
     figures = Figures()
     for number in bench.rounds():
@@ -132,7 +138,7 @@ def measure_memory(bench: Bench) -> Figures:
     return figures
 
 
-def measure_identical(bench: Bench) -> Figures:
+def measure_identical(bench: CpuBench) -> Figures:
     """Return how long eight identical streams take, against one."""
     bench.warm((OURS, BATCH), 1, PROMPT_TOKENS)
     bench.warm((OURS,), 8, PROMPT_TOKENS)
@@ -154,7 +160,7 @@ def measure_identical(bench: Bench) -> Figures:
     return figures
 
 
-PARTS: dict[str, Callable[[Bench], Figures]] = {
+PARTS: dict[str, Callable[[CpuBench], Figures]] = {
     **{f"streams-{count}": partial(measure_streams, streams=count) for count in (1, 4, 8, 16)},
     "first-token": measure_first_token,
     "gap": measure_gap,
@@ -184,7 +190,7 @@ def main() -> None:
         folder = make_folder()
     except Refusal as refusal:
         sys.exit(f"benchmarks/engine.py: {refusal}")
-    with Bench(folder, arguments.rounds, arguments.limit) as bench:
+    with CpuBench(folder, arguments.rounds, arguments.limit) as bench:
         for part in arguments.only:
             try:
                 figures = PARTS[part](bench)

@@ -4,27 +4,20 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from sides import measures
-from sides.measures import Figures
-from sides.prompts import Prompts
-from sides.rounds import Answer, Request
-from sides.side import HERE, NODE_CLIENT, Side, in_process, mlx_lm_server, sidecar
-
+from benchmarks.sides.bench import BATCH, OURS, SERVER, Answers, Bench
+from benchmarks.sides.measures import Figures, first_difference
+from benchmarks.sides.rounds import Request
+from benchmarks.sides.side import HERE, NODE_CLIENT, Side, in_process, mlx_lm_server, sidecar
 from mlx_sidecar.config.settings import default_home
 from mlx_sidecar.runtime.models.store import ModelStore
 
-OURS, BATCH, SERVER = "sidecar", "BatchGenerator", "mlx_lm.server"
 MODEL = "smollm2-135m"
 FLOAT32_FOLDER = Path(__file__).parents[1] / "build" / "benchmarks" / f"{MODEL}-float32"
 STARTS = {OURS: sidecar, BATCH: in_process, SERVER: mlx_lm_server}
-
-
-Answers = dict[str, list[Answer]]
-"""What each side said, by its name."""
 
 
 class Refusal(Exception):
@@ -60,38 +53,20 @@ def stored_folder() -> Path:
     return folder
 
 
-class Bench:
-    """The sides, each started when it is first needed and warm from then on."""
+class CpuBench(Bench):
+    """The sides of one run, which must say the same on one BLAS."""
 
     def __init__(self, folder: Path, rounds: int, limit: float) -> None:
-        self.folder = folder
+        super().__init__(folder, rounds, limit)
         self.stored = stored_folder()
-        self.prompts = Prompts(folder)
-        self._rounds = rounds
-        self._limit = limit
-        self._sides: dict[str, Side] = {}
 
-    def __enter__(self) -> "Bench":
-        return self
+    def start(self, name: str) -> Side:
+        """Start a side and have it answer a first request."""
+        return STARTS[name](self.folder, self.prompts.one(16).asking_for(4))
 
-    def __exit__(self, *_: object) -> None:
-        self.end_sides()
-
-    def end_sides(self) -> None:
-        """End every side; the next one asked for starts afresh."""
-        while self._sides:
-            self._sides.popitem()[1].end()
-
-    def rounds(self) -> Iterator[int]:
-        """Yield the numbers of the rounds for which there is time."""
-        return measures.rounds(self._rounds, self._limit)
-
-    def side(self, name: str) -> Side:
-        """Return a side that has answered a first request."""
-        if name not in self._sides:
-            self._sides[name] = STARTS[name](self.folder, self.prompts.one(16).asking_for(4))
-            self.matrix_products()
-        return self._sides[name]
+    def check(self) -> None:
+        """Raise Refusal as `matrix_products` does."""
+        self.matrix_products()
 
     def warm(self, names: Sequence[str], streams: int, length: int) -> None:
         """Have sides answer shortly what they will be asked for."""
@@ -99,12 +74,9 @@ class Bench:
             prompts = self.prompts.some(streams, length)
             self.side(name).ask([prompt.asking_for(2) for prompt in prompts], name)
 
-    def ask(
-        self, number: int, names: Sequence[str], requests: list[Request]
-    ) -> dict[str, list[Answer]] | None:
+    def ask_alike(self, number: int, names: Sequence[str], requests: list[Request]) -> Answers | None:
         """Have sides answer the same in turn; None if they do not say the same."""
-        order = names if number % 2 else names[::-1]
-        answers = {name: self.side(name).ask(requests, name) for name in order}
+        answers = self.ask(number, names, requests)
         return answers if self.agree(number, answers) else None
 
     def agree(self, number: int, answers: Answers) -> bool:
@@ -112,7 +84,7 @@ class Bench:
         agreed = True
         for name, theirs in answers.items():
             for stream, (mine, other) in enumerate(zip(answers[OURS], theirs, strict=True)):
-                at = measures.first_difference(mine, other, self.prompts.decode)
+                at = first_difference(mine, other, self.prompts.decode)
                 if at is not None:
                     print(f"round {number} does not count: {name} differs in stream {stream} at {at}")
                     agreed = False

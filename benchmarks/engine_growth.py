@@ -7,19 +7,20 @@ import sys
 import tempfile
 from pathlib import Path
 
-from engine_bench import BATCH, OURS, Bench
-from gpu.random_llama import SHAPES, make_random_llama
-from plot import Chart, write_charts
-from report import RESULTS
-from sides.measures import Figures, sums
-from sides.side import HERE
+from benchmarks.engine_bench import CpuBench
+from benchmarks.gpu.random_llama import SHAPES, make_random_llama
+from benchmarks.plot import Chart, write_charts
+from benchmarks.report import RESULTS
+from benchmarks.sides.bench import BATCH, OURS
+from benchmarks.sides.measures import Figures, sums
+from benchmarks.sides.side import HERE
 
 STREAMS = (1, 4, 16, 64, 256)
 PROMPT_TOKENS, NEW_TOKENS = 8, 8
 RUNNING, WAITING = 32, 224
 
 
-def measure_growth(bench: Bench) -> Figures:
+def measure_growth(bench: CpuBench) -> Figures:
     """Return throughput of both sides and memory of ours for each number of streams."""
     sides = (OURS, BATCH)
     bench.warm(sides, 4, PROMPT_TOKENS)
@@ -28,7 +29,7 @@ def measure_growth(bench: Bench) -> Figures:
         for streams in STREAMS:
             prompts = bench.prompts.some(streams, PROMPT_TOKENS)
             bench.side(OURS).forget_peak_memory()
-            answers = bench.ask(number, sides, [prompt.asking_for(NEW_TOKENS) for prompt in prompts])
+            answers = bench.ask_alike(number, sides, [prompt.asking_for(NEW_TOKENS) for prompt in prompts])
             if answers is None:
                 continue
             for side in sides:

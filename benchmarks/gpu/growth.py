@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.gpu.bench import OURS, GpuBench
+from benchmarks.gpu.bench import GpuBench
 from benchmarks.plot import Chart, write_charts
+from benchmarks.sides.bench import OURS
 from benchmarks.sides.measures import Figures, sums
 from benchmarks.sides.side import HERE
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from benchmarks.gpu.bench import BATCH, NO_TF32, OURS, PLAIN, SERVER, STREAM, GpuBench
+from benchmarks.gpu.bench import NO_TF32, PLAIN, STREAM, GpuBench
+from benchmarks.sides.bench import BATCH, OURS, SERVER
 from benchmarks.sides.measures import Figures, first_difference, gaps, sums
 from benchmarks.sides.prompts import Prompt
 from benchmarks.sides.rounds import Answer
@@ -111,6 +112,7 @@ def measure_gap(bench: GpuBench) -> Figures:
                 bench.report.note(f"{side}: no stream was still running when the long prompt came")
                 continue
             figures.add(f"{side}: median gap before, ms", statistics.median(before))
+            figures.add(f"{side}: worst gap before, ms", max(before))
             figures.add(f"{side}: median gap during, ms", statistics.median(during))
             figures.add(f"{side}: worst gap during, ms", max(during))
             figures.add(f"{side}: worst gap during / median before", max(during) / statistics.median(before))

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_sidecar.runtime.engine.ragged_attention import append_and_attend, ragged_attention, why_not_ragged
+from mlx_sidecar.runtime.engine.ragged_attention import append_and_attend, why_not_ragged
 
 LIMITS = {mx.float32: 1e-6, mx.float16: 6e-4, mx.bfloat16: 5e-3}
 Floats = NDArray[np.float64]
@@ -27,22 +27,21 @@ class Case(NamedTuple):
     length: int
     size: int
     dtype: mx.Dtype
-    append: bool
 
 
 CASES = [
-    Case(40, 24, 8, 256, 128, mx.bfloat16, append=True),
-    Case(3, 24, 8, 900, 128, mx.float32, append=False),
-    Case(2, 8, 2, 600, 256, mx.bfloat16, append=True),
-    Case(3, 8, 8, 300, 80, mx.float16, append=False),
-    Case(40, 8, 1, 200, 64, mx.float32, append=True),
-    Case(4, 64, 8, 500, 128, mx.bfloat16, append=False),
+    Case(40, 24, 8, 256, 128, mx.bfloat16),
+    Case(3, 24, 8, 900, 128, mx.float32),
+    Case(2, 8, 2, 600, 256, mx.bfloat16),
+    Case(3, 8, 8, 300, 80, mx.float16),
+    Case(40, 8, 1, 200, 64, mx.float32),
+    Case(4, 64, 8, 500, 128, mx.bfloat16),
 ]
 
 
 def check(case: Case, generator: np.random.Generator) -> dict[str, Any]:
     """Return the relative errors of one case, and whether only the new position was written."""
-    rows, heads, kv_heads, length, size, dtype, append = case
+    rows, heads, kv_heads, length, size, dtype = case
     start, end = spans(generator, rows, length)
 
     def random(*shape: int) -> mx.array:
@@ -61,14 +60,11 @@ def check(case: Case, generator: np.random.Generator) -> dict[str, Any]:
     before = (exact(keys), exact(values))
     span = (mx.array(start, mx.int32), mx.array(end, mx.int32))
     scale = size**-0.5
-    if append:
-        out = append_and_attend(q, new_keys, new_values, keys, values, *span, scale)
-        mx.eval(out)
-        for buffer, new in zip(before, (new_keys, new_values), strict=True):
-            for row in np.flatnonzero(end > start):
-                buffer[row, :, end[row] - 1] = exact(new)[row, :, 0]
-    else:
-        out = ragged_attention(q, keys, values, *span, scale)
+    out = append_and_attend(q, new_keys, new_values, keys, values, *span, scale)
+    mx.eval(out)
+    for buffer, new in zip(before, (new_keys, new_values), strict=True):
+        for row in np.flatnonzero(end > start):
+            buffer[row, :, end[row] - 1] = exact(new)[row, :, 0]
     truth = attention(exact(q), before[0], before[1], start, end, scale)
     masked = mx.fast.scaled_dot_product_attention(
         q, mx.nan_to_num(keys), mx.nan_to_num(values), scale=scale, mask=mx.array(inside)[:, None, None]
@@ -78,7 +74,7 @@ def check(case: Case, generator: np.random.Generator) -> dict[str, Any]:
     pairs = zip((keys, values), before, strict=True)
     written = all(np.array_equal(exact(now), then, equal_nan=True) for now, then in pairs)
     return {
-        "case": [*case[:5], str(dtype), "append" if append else "attend"],
+        "case": [*case[:5], str(dtype)],
         "error": error,
         "error_of_masked_attention": relative(exact(masked)[some], truth[some]),
         "buffers_as_expected": written,

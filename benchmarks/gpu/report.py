@@ -16,8 +16,11 @@ from benchmarks.sides.measures import Figures
 class Report:
     """The document of one run; without a folder it is only printed."""
 
-    def __init__(self, command: str, model: dict[str, Any], folder: Path | None) -> None:
+    def __init__(
+        self, command: str, model: dict[str, Any], folder: Path | None, name: str = "gpu_engine"
+    ) -> None:
         self._folder = folder
+        self._name = name
         self._document: dict[str, Any] = {
             "command": command,
             "machine": _machine(),
@@ -46,7 +49,7 @@ class Report:
     def _write(self) -> None:
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            (self._folder / "gpu_engine.json").write_text(json.dumps(self._document, indent=2) + "\n")
+            (self._folder / f"{self._name}.json").write_text(json.dumps(self._document, indent=2) + "\n")
 
 
 def _summary(values: list[float]) -> dict[str, float]:

@@ -18,8 +18,9 @@ def fuse_projections(model: Any) -> int:
 
     The weights are joined, not copied: memory stays the same.
     """
-    modules: list[Any] = [module for _, module in model.named_modules()]
-    return sum(_fuse(module, names) for module in modules for names in _GROUPS)
+    # Not the projections themselves: whoever holds them all holds their weights until the last is joined.
+    parents: list[Any] = [module for _, module in model.named_modules() if type(module) not in _KINDS]
+    return sum(_fuse(module, names) for module in parents for names in _GROUPS)
 
 
 class _Part(nn.Module):

@@ -7,6 +7,7 @@ mlx-lm's modules are imported; afterwards they are gone, and who needs the real 
 """
 
 import importlib.util
+import os
 import resource
 import sys
 import time
@@ -26,6 +27,14 @@ _PLACEHOLDERS = {
 }
 
 
+_CUDA_CACHES = {
+    # Of attention's plans: a prompt needs one for every chunk, and each takes up to 0.1 s to make.
+    "MLX_CUDA_SDPA_CACHE_SIZE": "1024",
+    # MLX counts all misses of its caches, ever, and raises when they are twice the size: any server's end.
+    "MLX_ENABLE_CACHE_THRASHING_CHECK": "0",
+}
+
+
 def start_mlx(blas: Blas) -> Device:
     """Import what the engine needs and return what it will run on.
 
@@ -35,6 +44,8 @@ def start_mlx(blas: Blas) -> Device:
     from importlib.metadata import version
 
     began = time.monotonic()
+    for name, value in _CUDA_CACHES.items():
+        os.environ.setdefault(name, value)
     blas.activate()
     import mlx.core as mx
 

@@ -24,7 +24,16 @@ ATTEND = """
   const int first = start[row], last = end[row], splits = gridDim.y;
   const int part = ((max(last - first, 0) + splits - 1) / splits + STRIDE - 1) / STRIDE * STRIDE;
   const int from = first + static_cast<int>(blockIdx.y) * part, to = min(from + part, last);
-  APPEND
+  if (from < to && to == last) {
+    for (int d = threadIdx.x; d < D; d += WARPS * 32) {
+      const T* new_k = new_keys + row * new_keys_strides[0] + kv_head * new_keys_strides[1];
+      const T* new_v = new_values + row * new_values_strides[0] + kv_head * new_values_strides[1];
+      const_cast<T*>(k)[(last - 1) * keys_strides[2] + d] = new_k[d * new_keys_strides[3]];
+      const_cast<T*>(v)[(last - 1) * values_strides[2] + d] = new_v[d * new_values_strides[3]];
+    }
+    // This block reads them; others that share the key head write the same.
+    __syncthreads();
+  }
   float query[HEADS][VECTOR], sum[HEADS][VECTOR], top[HEADS], weight[HEADS];
   #pragma unroll
   for (int h = 0; h < HEADS; ++h) {
@@ -124,20 +133,7 @@ ATTEND = """
     FINISH
   }
 """
-"""`APPEND` stands for `WRITE_NEW` or nothing, `FINISH` for `ALL_KEYS`, or `SOME_KEYS` if they are split."""
-
-WRITE_NEW = """
-  if (from < to && to == last) {
-    for (int d = threadIdx.x; d < D; d += WARPS * 32) {
-      const T* new_k = new_keys + row * new_keys_strides[0] + kv_head * new_keys_strides[1];
-      const T* new_v = new_values + row * new_values_strides[0] + kv_head * new_values_strides[1];
-      const_cast<T*>(k)[(last - 1) * keys_strides[2] + d] = new_k[d * new_keys_strides[3]];
-      const_cast<T*>(v)[(last - 1) * values_strides[2] + d] = new_v[d * new_values_strides[3]];
-    }
-    // This block reads them; others that share the key head write the same.
-    __syncthreads();
-  }
-"""
+"""`FINISH` stands for `ALL_KEYS`, or `SOME_KEYS` if they are split."""
 
 ALL_KEYS = "out[place * D + index % D] = static_cast<T>(total > 0.0f ? mixed / total : 0.0f);"
 

@@ -28,6 +28,23 @@ def test_a_fused_network_gives_the_same_logits(architecture: str) -> None:
     assert nbytes(network) == before
 
 
+def test_weights_are_given_up_as_they_are_joined() -> None:
+    import mlx.core as mx
+    from mlx import nn
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj = nn.Linear(512, 512), nn.Linear(512, 512)
+
+    network = nn.Sequential(*[Layer() for _ in range(16)])
+    mx.eval(network.parameters())
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    assert fuse_projections(network) == 16
+    assert mx.get_peak_memory() - before < nbytes(network) / 4
+
+
 def test_quantized_projections_are_fused_too() -> None:
     import mlx.core as mx
     from mlx import nn

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import pytest
 
-from mlx_sidecar.runtime.engine.ragged_attention import append_and_attend, ragged_attention, why_not_ragged
+from mlx_sidecar.runtime.engine.ragged_attention import append_and_attend, why_not_ragged
 
 ROWS, HEADS, KV_HEADS, LENGTH, SIZE = 3, 4, 2, 40, 64
 SCALE = SIZE**-0.5
@@ -15,23 +15,23 @@ needs_cuda = pytest.mark.skipif(not mx.cuda.is_available(), reason="the kernel i
 
 class Inputs(NamedTuple):
     q: mx.array
+    new_keys: mx.array
+    new_values: mx.array
     keys: mx.array
     values: mx.array
     start: mx.array
     end: mx.array
 
 
-def inputs(dtype: mx.Dtype = mx.float32) -> Inputs:
-    key = mx.random.key(1)
-    q, keys, values = (
-        mx.random.normal(shape, key=part).astype(dtype)
-        for shape, part in zip(
-            [(ROWS, HEADS, 1, SIZE), *[(ROWS, KV_HEADS, LENGTH, SIZE)] * 2],
-            mx.random.split(key, 3),
-            strict=True,
-        )
+def inputs() -> Inputs:
+    new, buffer = (ROWS, KV_HEADS, 1, SIZE), (ROWS, KV_HEADS, LENGTH, SIZE)
+    shapes = [(ROWS, HEADS, 1, SIZE), new, new, buffer, buffer]
+    keys = mx.random.split(mx.random.key(1), len(shapes))
+    q, new_keys, new_values, buffer, other = (
+        mx.random.normal(shape, key=key) for shape, key in zip(shapes, keys, strict=True)
     )
-    return Inputs(q, keys, values, mx.array([0, 7, 30], mx.int32), mx.array([LENGTH, 8, 33], mx.int32))
+    start, end = mx.array([0, 7, 30], mx.int32), mx.array([LENGTH, 8, 33], mx.int32)
+    return Inputs(q, new_keys, new_values, buffer, other, start, end)
 
 
 def masked(given: Inputs) -> mx.array:
@@ -74,40 +74,27 @@ def test_heads_that_the_kernel_cannot_hold_are_named(size: int, dtype: mx.Dtype)
         },
         {"start": mx.zeros((ROWS - 1,), mx.int32)},
         {"end": mx.zeros((ROWS,), mx.int64)},
+        {"new_values": mx.zeros((ROWS, KV_HEADS, 1, SIZE - 8))},
     ],
 )
 def test_what_does_not_fit_together_is_refused_before_the_device_sees_it(wrong: dict[str, mx.array]) -> None:
     with pytest.raises(ValueError, match="fit together"):
-        ragged_attention(*inputs()._replace(**wrong), SCALE)
-
-
-def test_a_new_key_of_another_size_is_refused() -> None:
-    given = inputs()
-    new, short = mx.zeros((ROWS, KV_HEADS, 1, SIZE)), mx.zeros((ROWS, KV_HEADS, 1, SIZE - 8))
-    with pytest.raises(ValueError, match="fit together"):
-        append_and_attend(given.q, new, short, *given[1:], SCALE)
-
-
-@needs_cuda
-def test_rows_attend_to_their_own_span_only() -> None:
-    given = inputs()
-    assert close(ragged_attention(*given, SCALE), masked(given))
+        append_and_attend(*inputs()._replace(**wrong), SCALE)
 
 
 @needs_cuda
 def test_a_row_without_keys_gives_zeros() -> None:
     given = inputs()._replace(end=mx.array([LENGTH, 7, 33], mx.int32))
-    assert not ragged_attention(*given, SCALE)[1].any().item()
+    assert not append_and_attend(*given, SCALE)[1].any().item()
 
 
 @needs_cuda
-def test_appending_writes_one_position_of_each_row_and_attends_to_it() -> None:
+def test_one_position_of_each_row_is_written_and_rows_attend_to_their_own_span_only() -> None:
     given = inputs()
-    new = mx.random.normal((ROWS, KV_HEADS, 1, SIZE), key=mx.random.key(2))
     last = (mx.arange(LENGTH) == given.end[:, None] - 1)[:, None, :, None]
-    keys, values = mx.where(last, new, given.keys), mx.where(last, new, given.values)
+    keys, values = mx.where(last, given.new_keys, given.keys), mx.where(last, given.new_values, given.values)
     mx.eval(keys, values)
-    out = append_and_attend(given.q, new, new, *given[1:], SCALE)
+    out = append_and_attend(*given, SCALE)
     mx.eval(out)
     assert mx.array_equal(given.keys, keys).item()
     assert mx.array_equal(given.values, values).item()
