@@ -10,7 +10,9 @@ from setuptools import Extension, setup
 modules = [
     Pybind11Extension(
         "mlx_sidecar.native._core",
-        sources=[f"native/src/{name}.cpp" for name in ("frames", "module", "pages", "ping", "pulse", "writer")],
+        sources=[
+            f"native/src/{name}.cpp" for name in ("frames", "module", "pages", "ping", "pulse", "writer")
+        ],
         include_dirs=["native/include"],
         depends=[str(header) for header in Path("native/include").glob("*/*.hpp")],
         cxx_std=17,

@@ -88,7 +88,8 @@ in flight on a connection have the same token.
 
 - Each part comes as `$/progress` with the token: all of them before the request's response, none after it.
 - `seq` counts parts from 1. While the connection is busy, consecutive parts are merged into one value: their
-  text and tokens joined, the `seq` of the last, and `merged`, the number of parts, which is absent for one.
+  text, tokens and `logProbs` joined, the `seq` of the last, and `merged`, the number of parts, which is
+  absent for one.
 - The response has no `text` and no `tokens` then, but `lastSeq` and `textBytes` to check that all has come.
 - Generating never waits for a reader, and responses to other requests overtake parts. When more than
   `maxUnsentBytes` wait to be read, the stream that adds to them ends with `slow_consumer`; at twice that the
@@ -116,9 +117,9 @@ The others wait in line.
   answer to its end. When it has passed the request ends with `deadline_exceeded`, behind the parts that
   came before. It is refused at once if it is known that not even the first token could come in time.
 - Identical requests that are in flight together share the work, if what they ask for is determined: greedy or
-  with a `seed`, the same model, prompt, sampling, `maxTokens` and `stopTokenIds`. Each has its own stream,
-  `stop` texts, deadline and cancel, and gets what it would get alone. Who comes late gets what there is as
-  one part, then the rest as it is produced, and `shared` in its result. With `"deduplicate":false` a request
-  has its work to itself.
+  with a `seed`, the same model, prompt, sampling, `maxTokens`, `stopTokenIds` and `logProbs`. Each has its
+  own stream, `stop` texts, deadline and cancel, and gets what it would get alone. Who comes late gets what
+  there is as one part, then the rest as it is produced, and `shared` in its result. With
+  `"deduplicate":false` a request has its work to itself.
 - An answer that cannot go on gets `generation_failed`, and the others go on. If the device fails or stands
   still, every request gets `engine_failed` and the sidecar ends: send them to the next one."""

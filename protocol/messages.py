@@ -278,6 +278,12 @@ StopTokenIds = Annotated[
     list[TokenId],
     Meta(max_length=256, description="The answer ends before the first of these tokens."),
 ]
+LogProbCount = Annotated[
+    Annotated[int, Meta(ge=0, le=20)] | None,
+    Meta(
+        description="Whether to say how likely each token was, and how many of the likeliest to name with it."
+    ),
+]
 DeadlineMs = Annotated[
     Annotated[int, Meta(ge=1, le=2**31 - 1)] | None,
     Meta(description="From the request's arrival to the end of its answer; then it is `deadline_exceeded`."),
@@ -294,7 +300,7 @@ class GenerateParams(Params):
     top-k, top-p and min-p on the tempered distribution. `temperature` 0 takes the likeliest token, whatever
     the truncations say. The repetition penalty looks at prompt and answer, the other two at the answer only.
 
-    None of `priority`, `deadlineMs` and `deduplicate` changes the answer.
+    None of `priority`, `deadlineMs`, `deduplicate` and `logProbs` changes the answer.
     """
 
     model: ModelName
@@ -313,23 +319,46 @@ class GenerateParams(Params):
     seed: Seed = None
     stop: StopTexts = []
     stop_token_ids: StopTokenIds = []
+    log_probs: LogProbCount = None
     priority: PriorityClass = "normal"
     deadline_ms: DeadlineMs = None
     deduplicate: Deduplicate = True
     partial_result_token: ProgressToken | UnsetType = UNSET
 
 
+LogProb = Annotated[float | None, Meta(description="A natural logarithm; null is minus infinity.")]
+
+
+class Candidate(Result):
+    """A token that could have come, and the logarithm of its probability."""
+
+    token: int
+    log_prob: LogProb
+
+
+class TokenLogProbs(Result):
+    """The logarithm of the probability of the token that came; `top` holds the likeliest ones, in order.
+
+    The probabilities are the model's own, before penalties, bias, temperature and truncation.
+    """
+
+    log_prob: LogProb
+    top: list[Candidate]
+
+
 class GenerateProgress(Result):
     """`value` of `$/progress`: text that became final, and the ids of the tokens it came from.
 
     `seq` counts from 1. While the connection is busy what follows is merged into one value: its `seq` is then
-    that of the last part, and `merged` says how many parts there are.
+    that of the last part, and `merged` says how many parts there are. `logProbs` has one element for each of
+    `tokens`, if the request asked for that.
     """
 
     seq: int
     text: str
     tokens: list[int]
     merged: int = 1
+    log_probs: list[TokenLogProbs] | UnsetType = UNSET
 
 
 class Usage(Result):
@@ -353,7 +382,7 @@ class Timings(Result):
 
 
 class GenerateResult(Result):
-    """The end of a generation. `text` and `tokens` stand here only when it was not streamed.
+    """The end of a generation. `text`, `tokens` and `logProbs` stand here only when it was not streamed.
 
     When it was, `lastSeq` is the `seq` of the last progress (0 if there was none) and `textBytes` the length
     of all its text in UTF-8, so that a client can tell that it has everything. `shared` says that its tokens
@@ -365,6 +394,7 @@ class GenerateResult(Result):
     timings: Timings
     text: str | UnsetType = UNSET
     tokens: list[int] | UnsetType = UNSET
+    log_probs: list[TokenLogProbs] | UnsetType = UNSET
     last_seq: int | UnsetType = UNSET
     text_bytes: int | UnsetType = UNSET
     shared: bool = False

@@ -128,6 +128,7 @@ class GenerateApi:
             Answer(model.tokenizer.stream(), stops),
             request.arrived_at,
             None if call.stream is None else call.progress,
+            log_probs=params.log_probs is not None,
         )
         sequence = Sequence(
             model=model.name,
@@ -136,6 +137,7 @@ class GenerateApi:
             sampling=_sampling(params, model.facts.vocabulary),
             stop_token_ids=model.tokenizer.eos_ids | frozenset(params.stop_token_ids),
             on_emission=generation.on_emission,
+            log_probs=params.log_probs,
             priority=Priority[params.priority.upper()],
             owner=id(call.connection),
         )

@@ -4,16 +4,19 @@ Everything here runs on the event loop, called once for each token, so it does n
 """
 
 import logging
+import math
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
 import anyio
+from msgspec import UNSET, UnsetType
 
 from mlx_sidecar.protocol import messages as m
 from mlx_sidecar.protocol.errors import InternalError, SidecarError
 
-from ..engine.sequence import Emission, FinishReason
+from ..engine.sequence import Emission, FinishReason, LogProbs
 from ..scheduling.duplicates import Work
 from ..text.answer import Answer, Piece
 
@@ -30,8 +33,11 @@ class Generation:
     failure of its own end the answer before the work is done.
     """
 
-    def __init__(self, answer: Answer, arrived_at: float, give: GiveProgress | None) -> None:
+    def __init__(
+        self, answer: Answer, arrived_at: float, give: GiveProgress | None, *, log_probs: bool = False
+    ) -> None:
         self._answer = answer
+        self._log_probs: deque[LogProbs] | None = deque() if log_probs else None
         self._arrived_at = arrived_at
         self._asked_at = time.monotonic()
         self._give = give
@@ -62,9 +68,11 @@ class Generation:
         """Wait for the end of the answer."""
         await self._done.wait()
 
-    def replay(self, tokens: list[int]) -> None:
+    def replay(self, tokens: list[int], log_probs: list[LogProbs]) -> None:
         """Take what had been produced before."""
         self._replayed = len(tokens)
+        if self._log_probs is not None:
+            self._log_probs += log_probs
         self._guarded(self._take_all, tokens)
 
     def on_emission(self, emission: Emission) -> None:
@@ -104,6 +112,7 @@ class Generation:
         if self._give is None:
             result.text = "".join(piece.text for piece in self._pieces)
             result.tokens = [token for piece in self._pieces for token in piece.tokens]
+            result.log_probs = self._take_log_probs(len(result.tokens))
         else:
             result.last_seq = self._seq
             result.text_bytes = self._text_bytes
@@ -136,6 +145,8 @@ class Generation:
             self._end("stop")
 
     def _take(self, emission: Emission) -> None:
+        if self._log_probs is not None and emission.log_probs is not None:
+            self._log_probs.append(emission.log_probs)
         if emission.token is not None:
             self._say(self._answer.feed(emission.token))
             if self._answer.stopped:
@@ -153,7 +164,14 @@ class Generation:
             self._pieces.append(piece)
         else:
             self._text_bytes += len(piece.text.encode())
-            self._give(m.GenerateProgress(seq=self._seq, text=piece.text, tokens=piece.tokens))
+            part = m.GenerateProgress(seq=self._seq, text=piece.text, tokens=piece.tokens)
+            part.log_probs = self._take_log_probs(len(piece.tokens))
+            self._give(part)
+
+    def _take_log_probs(self, count: int) -> list[m.TokenLogProbs] | UnsetType:
+        if self._log_probs is None:
+            return UNSET
+        return [_log_probs(self._log_probs.popleft()) for _ in range(count)]
 
     def _close(self, finish: FinishReason) -> None:
         self._say(self._answer.finish())
@@ -178,6 +196,15 @@ class Generation:
             decode_ms=_ms(decode),
             tokens_per_second=round(steps / decode, 3) if steps > 0 and decode > 0 else 0.0,
         )
+
+
+def _log_probs(of: LogProbs) -> m.TokenLogProbs:
+    top = [m.Candidate(token=token, log_prob=_finite(log_prob)) for token, log_prob in of.top]
+    return m.TokenLogProbs(log_prob=_finite(of.of_token), top=top)
+
+
+def _finite(log_prob: float) -> float | None:
+    return None if log_prob == -math.inf else log_prob
 
 
 def _ms(seconds: float) -> float:

@@ -27,8 +27,17 @@ class Sampling(Struct, frozen=True):
     seed: int = 0
 
 
+class LogProbs(NamedTuple):
+    """How likely the model found a token, as a natural logarithm, and the likeliest ones: ids, logarithms."""
+
+    of_token: float
+    top: list[tuple[int, float]]
+
+
 class Sequence(Struct, eq=False):
     """One row in a batch: prompt ids, limits, sampling, and the times at which things happened to it.
+
+    `log_probs` is how many likeliest tokens to name beside each one, None for no log-probabilities at all.
 
     Times are `time.monotonic()` seconds, written by the inference thread, and so are `tokens`, the answer so
     far, and `failure`, what went wrong if it ends as "failed". `on_emission` is called on the event loop.
@@ -43,6 +52,7 @@ class Sequence(Struct, eq=False):
     on_emission: Callable[["Emission"], None]
     priority: Priority = Priority.NORMAL
     owner: int = 0
+    log_probs: int | None = None
     submitted_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
     first_token_at: float | None = None
@@ -67,6 +77,7 @@ class Emission(NamedTuple):
     sequence: Sequence
     token: int | None
     finish: FinishReason | None
+    log_probs: LogProbs | None = None
 
 
 class BatchReport(NamedTuple):

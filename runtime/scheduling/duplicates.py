@@ -16,7 +16,7 @@ from typing import Protocol
 import msgspec
 from msgspec import structs
 
-from ..engine.sequence import Emission, Sequence
+from ..engine.sequence import Emission, LogProbs, Sequence
 
 MAX_REPLAY_TOKENS = 4096
 """A token costs the event loop some microseconds, also in a replay. Further behind a request runs alone."""
@@ -25,8 +25,8 @@ MAX_REPLAY_TOKENS = 4096
 class Follower(Protocol):
     """A request, as far as its tokens are concerned."""
 
-    def replay(self, tokens: list[int]) -> None:
-        """Take what had been produced before this one came."""
+    def replay(self, tokens: list[int], log_probs: list[LogProbs]) -> None:
+        """Take what had been produced before this one came; `log_probs` is empty if nobody asked for them."""
         ...
 
     def on_emission(self, emission: Emission) -> None:
@@ -45,13 +45,14 @@ class Work:
         self._on_closed = on_closed
         self._open = True
         self._tokens: list[int] = []
+        self._log_probs: list[LogProbs] = []
         self._followers: list[Follower] = []
         sequence.on_emission = self._on_emission
 
     def close(self) -> None:
         """Let nobody join who has not, and keep nothing for them."""
         self._open = False
-        self._tokens = []
+        self._tokens, self._log_probs = [], []
         self._on_closed(self)
 
     def suits(self, sequence: Sequence) -> bool:
@@ -62,7 +63,7 @@ class Work:
         """Give `follower` the tokens so far, and from now on every emission."""
         self._followers.append(follower)
         if self._tokens:
-            follower.replay(self._tokens)
+            follower.replay(self._tokens, self._log_probs)
 
     def leave(self, follower: Follower) -> bool:
         """Give `follower` no more, and end the sequence if it was the last; return whether nobody is left."""
@@ -88,6 +89,8 @@ class Work:
     def _on_emission(self, emission: Emission) -> None:
         if self._open and emission.token is not None:
             self._tokens.append(emission.token)
+            if emission.log_probs is not None:
+                self._log_probs.append(emission.log_probs)
             if len(self._tokens) > MAX_REPLAY_TOKENS:
                 self.close()
         followers = self._followers
@@ -138,4 +141,5 @@ def key_of(sequence: Sequence) -> Hashable:
         msgspec.json.encode(structs.replace(sequence.sampling, logit_bias=bias)),
         sequence.max_tokens,
         sequence.stop_token_ids,
+        sequence.log_probs,
     )

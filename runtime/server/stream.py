@@ -6,14 +6,19 @@ Not thread-safe by itself: the outbox that it belongs to holds its lock around e
 from collections import deque
 from collections.abc import Callable
 
-from mlx_sidecar.protocol.messages import GenerateProgress
+from msgspec import UNSET, UnsetType
 
-_FRAME_TEXT_BYTES = 256 * 1024
-_FRAME_PARTS = 16 * 1024
-"""Bounds of what is merged into one frame: even with everything escaped it stays far below the limit."""
+from mlx_sidecar.protocol.messages import GenerateProgress, TokenLogProbs
 
 _PART_BYTES = 320
 """What a part of one token costs in memory besides its text: objects, a string's head, a list, a number."""
+
+_LOG_PROB_BYTES = 160
+"""What a log-probability costs besides, with the token that it is of."""
+
+_FRAME_TEXT_BYTES = 256 * 1024
+_FRAME_COST = 5 * 1024 * 1024
+"""Bounds of what is merged into one frame: even with everything escaped it stays far below the limit."""
 
 
 class Stream:
@@ -35,7 +40,7 @@ class Stream:
         """Append a part; return what it costs until it is taken, in bytes."""
         text_bytes = len(part.text) if part.text.isascii() else len(part.text.encode())
         self._parts.append((part, text_bytes))
-        return text_bytes + _PART_BYTES
+        return _cost(part, text_bytes)
 
     def ready(self, window: int | None) -> bool:
         """Return whether there is something to take. The end of a stream does not wait for the window."""
@@ -48,18 +53,16 @@ class Stream:
         if not self._parts:
             return None, 0
         part, size = self._parts.popleft()
+        cost = _cost(part, size)
         if not self._parts:
-            return self._sent(part, size, window), size + _PART_BYTES
-        texts, tokens = [part.text], list(part.tokens)
-        while self._parts and size < _FRAME_TEXT_BYTES and len(texts) < _FRAME_PARTS:
-            if not self._fits(window, size):
-                break
+            return self._sent(part, size, window), cost
+        parts = [part]
+        while self._parts and size < _FRAME_TEXT_BYTES and cost < _FRAME_COST and self._fits(window, size):
             part, text_bytes = self._parts.popleft()
             size += text_bytes
-            texts.append(part.text)
-            tokens += part.tokens
-        merged = GenerateProgress(seq=part.seq, text="".join(texts), tokens=tokens, merged=len(texts))
-        return self._sent(merged, size, window), size + _PART_BYTES * len(texts)
+            cost += _cost(part, text_bytes)
+            parts.append(part)
+        return self._sent(_merged(parts), size, window), cost
 
     def ended(self) -> bytes | None:
         """Return the response once every part before it has been taken."""
@@ -78,3 +81,21 @@ class Stream:
 
     def _fits(self, window: int | None, more: int) -> bool:
         return window is None or self.response is not None or self._unacked_bytes + more < window
+
+
+def _cost(part: GenerateProgress, text_bytes: int) -> int:
+    told = () if isinstance(part.log_probs, UnsetType) else part.log_probs
+    return text_bytes + _PART_BYTES + _LOG_PROB_BYTES * sum(1 + len(of_token.top) for of_token in told)
+
+
+def _merged(parts: list[GenerateProgress]) -> GenerateProgress:
+    log_probs: list[TokenLogProbs] | UnsetType = UNSET
+    if not isinstance(parts[0].log_probs, UnsetType):
+        log_probs = [one for part in parts if part.log_probs for one in part.log_probs]
+    return GenerateProgress(
+        seq=parts[-1].seq,
+        text="".join(part.text for part in parts),
+        tokens=[token for part in parts for token in part.tokens],
+        merged=len(parts),
+        log_probs=log_probs,
+    )

@@ -181,3 +181,44 @@ def test_many_requests_at_once_all_end_and_nothing_is_left(
     stats = tiny_server.result("stats")
     assert stats["engine"]["sequences"] == 0
     assert stats["models"][0]["inUse"] == 0
+
+
+def test_log_probabilities_come_with_the_tokens_for_those_who_ask(generate: Any) -> None:
+    plain, answer, bare = generate(), generate(logProbs=3), generate(logProbs=0)
+    assert answer["tokens"] == plain["tokens"]
+    assert "logProbs" not in plain
+    assert len(answer["logProbs"]) == len(answer["tokens"])
+    for token, said in zip(answer["tokens"], answer["logProbs"], strict=True):
+        likeliest = {one["token"]: one["logProb"] for one in said["top"]}
+        assert len(likeliest) == 3
+        assert sorted(likeliest.values(), reverse=True) == [*likeliest.values()]
+        assert END in likeliest or likeliest[token] == said["logProb"] == max(likeliest.values())
+        assert said["logProb"] < 0
+    assert [said["logProb"] for said in bare["logProbs"]] == [said["logProb"] for said in answer["logProbs"]]
+    assert all(said["top"] == [] for said in bare["logProbs"])
+
+
+def test_log_probabilities_are_the_models_own_whatever_the_sampling(generate: Any) -> None:
+    token = TOKENIZER.token_to_id("he")
+    forced = generate(maxTokens=1, logitBias={str(token): 1000}, temperature=2, topK=5, logProbs=20)
+    free = generate(maxTokens=1, logProbs=20)
+    assert forced["tokens"] == [token] != free["tokens"]
+    assert forced["logProbs"][0]["top"] == free["logProbs"][0]["top"]
+
+
+def test_a_stream_has_a_log_probability_for_each_of_its_tokens(tiny_server: Wire, tiny_model: Path) -> None:
+    asked: dict[str, Any] = {"model": str(tiny_model), "prompt": PROMPT, "maxTokens": 12, "logitBias": NO_END}
+    whole = tiny_server.result("generate", **asked, logProbs=2)
+    done = tiny_server.result("generate", **asked, logProbs=2, partialResultToken="likely")
+    parts = tiny_server.progress("likely")
+    assert "logProbs" not in done
+    assert all(len(part["logProbs"]) == len(part["tokens"]) for part in parts)
+    assert [said for part in parts for said in part["logProbs"]] == whole["logProbs"]
+
+
+@pytest.mark.parametrize("count", [-1, 21, 1.5, "all", True])
+def test_how_many_log_probabilities_is_a_small_number(
+    tiny_server: Wire, tiny_model: Path, count: Any
+) -> None:
+    error = tiny_server.error("generate", model=str(tiny_model), prompt=PROMPT, logProbs=count)
+    assert (error["data"]["kind"], error["data"]["path"]) == ("invalid_params", "logProbs")

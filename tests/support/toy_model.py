@@ -89,6 +89,7 @@ class Generating(Work):
         self._forced = [int(name) for name in params.get("logitBias", {})]
         self._stop_tokens: list[int] = params.get("stopTokenIds", [])
         self._stops: list[str] = params.get("stop", [])
+        self._log_probs: int | None = params.get("logProbs")
         self._sent = self._acked = 0
         self._deadline_ms: int | None = params.get("deadlineMs")
         self._began = time.monotonic()
@@ -139,8 +140,16 @@ class Generating(Work):
             return
         self._sent += len(tokens)
         merged = {"merged": len(tokens)} if len(tokens) > 1 else {}
-        value = {"seq": self._sent, "text": _text(tokens), "tokens": tokens, **merged}
+        value = {"seq": self._sent, "text": _text(tokens), "tokens": tokens, **merged, **self._told(tokens)}
         self._server.send({"method": "$/progress", "params": {"token": self.token, "value": value}})
+
+    def _told(self, tokens: list[int]) -> Json:
+        if self._log_probs is None:
+            return {}
+        # It is sure of what it says, and of nothing else.
+        others = [{"token": 0, "logProb": None}] * (self._log_probs - 1)
+        tops = [[{"token": token, "logProb": 0.0}, *others][: self._log_probs] for token in tokens]
+        return {"logProbs": [{"logProb": 0.0, "top": top} for top in tops]}
 
     def _end(self, reason: str) -> None:
         self._send()
@@ -151,7 +160,7 @@ class Generating(Work):
             "timings": dict.fromkeys(timings, 0.5),
         }
         if self.token is None:
-            self.result |= {"text": _text(self.said), "tokens": self.said}
+            self.result |= {"text": _text(self.said), "tokens": self.said, **self._told(self.said)}
         else:
             surplus = self._server.broken("miscounts-bytes")
             self.result |= {"lastSeq": self._sent, "textBytes": _size(self.said) + surplus}

@@ -85,6 +85,7 @@ PARAMS: dict[str, Check] = {
         stop=items(kind(str)),
         stopTokenIds=_TOKENS,
         logitBias=kind(dict),
+        logProbs=lambda value: None if value is None else integer(0, 20)(value),
         priority=choice("critical", "high", "normal", "low"),
         deadlineMs=integer(1),
         deduplicate=kind(bool),

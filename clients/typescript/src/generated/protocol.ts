@@ -23,6 +23,13 @@ export interface CancelParams {
   id: number | string;
 }
 
+/** A token that could have come, and the logarithm of its probability. */
+export interface Candidate {
+  token: number;
+  /** A natural logarithm; null is minus infinity. */
+  logProb: number | null;
+}
+
 /** Who is calling; used in the log only. */
 export interface ClientInfo {
   name: string;
@@ -170,7 +177,7 @@ export interface FlowControl {
  * the truncations say. The repetition penalty looks at prompt and answer, the other two at the answer
  * only.
  *
- * None of `priority`, `deadlineMs` and `deduplicate` changes the answer.
+ * None of `priority`, `deadlineMs`, `deduplicate` and `logProbs` changes the answer.
  */
 export interface GenerateParams {
   model: string;
@@ -237,6 +244,8 @@ export interface GenerateParams {
    * @default []
    */
   stopTokenIds?: number[];
+  /** Whether to say how likely each token was, and how many of the likeliest to name with it. */
+  logProbs?: number | null;
   /** @default "normal" */
   priority?: PriorityClass;
   /** From the request's arrival to the end of its answer; then it is `deadline_exceeded`. */
@@ -254,7 +263,8 @@ export interface GenerateParams {
  * `value` of `$/progress`: text that became final, and the ids of the tokens it came from.
  *
  * `seq` counts from 1. While the connection is busy what follows is merged into one value: its `seq` is
- * then that of the last part, and `merged` says how many parts there are.
+ * then that of the last part, and `merged` says how many parts there are. `logProbs` has one element for
+ * each of `tokens`, if the request asked for that.
  */
 export interface GenerateProgress {
   seq: number;
@@ -262,10 +272,11 @@ export interface GenerateProgress {
   tokens: number[];
   /** @default 1 */
   merged?: number;
+  logProbs?: TokenLogProbs[];
 }
 
 /**
- * The end of a generation. `text` and `tokens` stand here only when it was not streamed.
+ * The end of a generation. `text`, `tokens` and `logProbs` stand here only when it was not streamed.
  *
  * When it was, `lastSeq` is the `seq` of the last progress (0 if there was none) and `textBytes` the
  * length of all its text in UTF-8, so that a client can tell that it has everything. `shared` says that
@@ -277,6 +288,7 @@ export interface GenerateResult {
   timings: Timings;
   text?: string;
   tokens?: number[];
+  logProbs?: TokenLogProbs[];
   lastSeq?: number;
   textBytes?: number;
   /** @default false */
@@ -551,6 +563,17 @@ export interface Timings {
   ttftMs: number;
   decodeMs: number;
   tokensPerSecond: number;
+}
+
+/**
+ * The logarithm of the probability of the token that came; `top` holds the likeliest ones, in order.
+ *
+ * The probabilities are the model's own, before penalties, bias, temperature and truncation.
+ */
+export interface TokenLogProbs {
+  /** A natural logarithm; null is minus infinity. */
+  logProb: number | null;
+  top: Candidate[];
 }
 
 /** Tokens since the start. */

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from mlx_sidecar.runtime.engine.sequence import Emission, FinishReason, Sampling, Sequence
+from mlx_sidecar.runtime.engine.sequence import Emission, FinishReason, LogProbs, Sampling, Sequence
 from mlx_sidecar.runtime.scheduling.duplicates import MAX_REPLAY_TOKENS, Duplicates, Work, key_of
 from mlx_sidecar.runtime.scheduling.priority import Priority
 
@@ -52,7 +52,8 @@ class Engine:
             finish = "length" if produced + 1 == sequence.max_tokens else None
             if finish is not None:
                 del self.running[sequence]
-            sequence.on_emission(Emission(sequence, token, finish))
+            log_probs = None if sequence.log_probs is None else LogProbs(float(token), [])
+            sequence.on_emission(Emission(sequence, token, finish, log_probs))
 
     def end(self, sequence: Sequence, finish: FinishReason) -> None:
         del self.running[sequence]
@@ -64,20 +65,24 @@ class Reader:
 
     def __init__(self, leave_after: int | None = None) -> None:
         self.tokens: list[int] = []
+        self.log_probs: list[LogProbs] = []
         self.replayed = 0
         self.finish: FinishReason | None = None
         self.work: Work | None = None
         self._leave_after = leave_after
 
-    def replay(self, tokens: list[int]) -> None:
+    def replay(self, tokens: list[int], log_probs: list[LogProbs]) -> None:
         assert self.tokens == []
         self.tokens += tokens
+        self.log_probs += log_probs
         self.replayed = len(tokens)
 
     def on_emission(self, emission: Emission) -> None:
         assert self.finish is None, "nothing comes after the end"
         if emission.token is not None:
             self.tokens.append(emission.token)
+        if emission.log_probs is not None:
+            self.log_probs.append(emission.log_probs)
         self.finish = emission.finish
         if len(self.tokens) == self._leave_after:
             self.leave()
@@ -160,6 +165,15 @@ def test_who_comes_late_is_given_the_past_at_once_and_then_what_comes(bench: Ben
     assert (late.tokens, late.replayed) == (alone(0)[:5], 5)
     bench.steps(1)
     assert late.tokens == alone(0)[:6]
+
+
+def test_who_comes_late_is_given_the_past_log_probabilities_too(bench: Bench) -> None:
+    bench.ask(structs.replace(asked(), log_probs=0))
+    bench.steps(5)
+    late = bench.ask(structs.replace(asked(), log_probs=0))
+    bench.steps(LENGTH)
+    assert late.replayed == 5
+    assert [one.of_token for one in late.log_probs] == alone(0)
 
 
 def test_who_comes_before_the_first_token_is_given_nothing_yet(bench: Bench) -> None:

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_sidecar.protocol.messages import GenerateProgress
+from mlx_sidecar.protocol import jsonrpc
+from mlx_sidecar.protocol.messages import Candidate, GenerateProgress, TokenLogProbs
 from mlx_sidecar.runtime.server.stream import Stream
 
 RESPONSE = b"{}"
@@ -15,8 +16,12 @@ def new_stream() -> Stream:
     return Stream("t", lambda: None)
 
 
-def part(seq: int, text: str = "x") -> GenerateProgress:
-    return GenerateProgress(seq=seq, text=text, tokens=[seq])
+def part(seq: int, text: str = "x", top: int | None = None) -> GenerateProgress:
+    made = GenerateProgress(seq=seq, text=text, tokens=[seq])
+    if top is not None:
+        candidates = [Candidate(token=token, log_prob=-1 / 3) for token in range(top)]
+        made.log_probs = [TokenLogProbs(log_prob=-float(seq), top=candidates)]
+    return made
 
 
 def taken(stream: Stream, window: int | None = None) -> GenerateProgress:
@@ -80,6 +85,21 @@ def test_a_backlog_is_taken_in_frames_far_below_the_limit() -> None:
     # Each of these characters takes six bytes as JSON.
     assert len(sizes) > 1
     assert max(sizes) * 6 < 16 * 1024 * 1024 / 2
+
+
+def test_a_backlog_of_log_probabilities_is_taken_in_frames_far_below_the_limit() -> None:
+    stream = new_stream()
+    owed = sum(stream.add(part(seq, "", 20)) for seq in range(1, 10_001))
+    stream.response = RESPONSE
+    frames: list[GenerateProgress] = []
+    while stream.ended() is None:
+        frames.append(taken(stream))
+    told = [one.log_prob for frame in frames for one in frame.log_probs or []]
+    assert told == [-float(seq) for seq in range(1, 10_001)]
+    assert len(frames) > 1
+    sizes = [len(jsonrpc.encode_notification("$/progress", frame)) for frame in frames]
+    assert max(sizes) < 16 * 1024 * 1024 / 4
+    assert owed > sum(sizes)
 
 
 def test_beyond_the_window_nothing_is_taken_until_an_ack() -> None:
@@ -154,9 +174,9 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 steps = st.lists(st.one_of(texts, st.just("take"), st.integers(0, 3)), max_size=60)
 
 
-@given(steps=steps, window=st.none() | st.integers(1, 30))
+@given(steps=steps, window=st.none() | st.integers(1, 30), top=st.none() | st.integers(0, 2))
 def test_nothing_is_lost_repeated_or_reordered_whatever_the_reader_does(
-    steps: list[str | int], window: int | None
+    steps: list[str | int], window: int | None, top: int | None
 ) -> None:
     stream, said, seqs = new_stream(), "", count(1)
     heard: list[GenerateProgress] = []
@@ -174,7 +194,7 @@ def test_nothing_is_lost_repeated_or_reordered_whatever_the_reader_does(
         if step == "take":
             take()
         elif isinstance(step, str):
-            owed += stream.add(part(next(seqs), step))
+            owed += stream.add(part(next(seqs), step, top))
             said += step
         elif heard:
             # Acks lag behind what was heard.
@@ -185,6 +205,8 @@ def test_nothing_is_lost_repeated_or_reordered_whatever_the_reader_does(
     last = next(seqs) - 1
     assert "".join(piece.text for piece in heard) == said
     assert [token for piece in heard for token in piece.tokens] == list(range(1, last + 1))
+    told = [one.log_prob for piece in heard for one in piece.log_probs or []]
+    assert told == ([] if top is None else [-float(seq) for seq in range(1, last + 1)])
     assert sum(piece.merged for piece in heard) == (heard[-1].seq if heard else 0) == last
     assert [piece.seq for piece in heard] == sorted({piece.seq for piece in heard})
     assert owed == 0
