@@ -65,6 +65,10 @@ class FakeBatch:
                 del self._rows[emission.sequence]
         return emissions
 
+    def prepare(self) -> bool:
+        """There is nothing to get ready."""
+        return False
+
     def reset(self) -> list[Sequence]:
         """Drop everything."""
         left = list(self._rows)

@@ -29,7 +29,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_connections: int = 256
     """Clients of a listening server at a time. Each has a thread that reads; a slow one, one that writes."""
 
-    max_sequences: int = 64
+    max_sequences: int = 256
     """Sequences of a model decoded together; more wait in line, as each makes a step slower for everybody."""
 
     max_waiting: int = 1024
@@ -48,7 +48,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     """Prompt tokens processed at once while nothing decodes; beside running streams fewer, for their pace."""
 
     prefill_chunk_tokens_cpu: int = 128
-    """The same on a CPU, where larger chunks are no faster and 128 tokens already take half a second."""
+    """The same on a CPU: the length of a chunk. Up to eight prompts of this length go together."""
 
     tokenizer_threads: int = 2
     """Requests whose templates and tokens are worked out at the same time, off the event loop."""

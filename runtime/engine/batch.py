@@ -25,6 +25,10 @@ class Batch(Protocol):
         """Decode one token of every running sequence and prefill one chunk of a waiting one."""
         ...
 
+    def prepare(self) -> bool:
+        """Do a little of what would hold up the first sequences; return whether there is more to do."""
+        ...
+
     def reset(self) -> list[Sequence]:
         """Drop every sequence and its memory, and return those that had not ended."""
         ...

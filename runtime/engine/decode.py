@@ -9,10 +9,11 @@ from typing import NamedTuple, cast
 
 import mlx.core as mx
 
+from .log_probs import RowLogProbs
 from .row_sampler import RowSampler
 from .rows import Rows
 from .self_check import Step
-from .sequence import Sequence
+from .sequence import LogProbs, Sequence
 
 _EVALUATE_ALL_EVERY = 64
 """Steps after which also the arrays are evaluated that no output needs. In recurrent caches each step would
@@ -25,11 +26,13 @@ class Chosen(NamedTuple):
     sequence: Sequence
     token: int
     usable: bool
+    log_probs: LogProbs | None = None
 
 
 class _Dispatched(NamedTuple):
     slots: list[Sequence | None]
     chosen: mx.array
+    log_probs: RowLogProbs | None
 
 
 class DecodeBatch:
@@ -80,16 +83,20 @@ class DecodeBatch:
     def dispatch(self) -> None:
         """Hand the next step to the device."""
         self._steps += 1
-        chosen = self._sampler(self._step(self._inputs, self.rows))
+        logits = self._step(self._inputs, self.rows)
+        chosen = self._sampler(logits)
+        log_probs = RowLogProbs.of(self._slots, logits, chosen[0])
         self._inputs = chosen[0]
         self._asked = [asked + 1 for asked in self._asked]
         others = self.rows.arrays() if self._steps % _EVALUATE_ALL_EVERY == 0 else ()
-        mx.async_eval(chosen, *others)
-        self._dispatched.append(_Dispatched(self._slots, chosen))
+        mx.async_eval(chosen, *(log_probs.arrays if log_probs else ()), *others)
+        self._dispatched.append(_Dispatched(self._slots, chosen, log_probs))
 
-    def read(self) -> list[Chosen]:
-        """Return what the steps before the last dispatched one gave, waiting for them."""
+    def read(self, *, last: bool = False) -> list[Chosen]:
+        """Return what the steps before the last dispatched one gave, or that one also, waiting for them."""
         steps, self._unread, self._dispatched = self._unread, self._dispatched, []
+        if last:
+            steps, self._unread = steps + self._unread, []
         return [chosen for step in steps for chosen in _read(step)]
 
     def awaits(self, live: Container[Sequence]) -> bool:
@@ -110,8 +117,9 @@ class DecodeBatch:
 
 def _read(step: _Dispatched) -> list[Chosen]:
     tokens, flaws = cast(list[list[int]], step.chosen.tolist())
+    log_probs = step.log_probs.read() if step.log_probs else {}
     return [
-        Chosen(sequence, token, not flaw)
-        for sequence, token, flaw in zip(step.slots, tokens, flaws, strict=True)
+        Chosen(sequence, token, not flaw, log_probs.get(row))
+        for row, (sequence, token, flaw) in enumerate(zip(step.slots, tokens, flaws, strict=True))
         if sequence is not None
     ]

@@ -22,7 +22,7 @@ from .footprint import footprint
 from .pace import LEAST_TOKENS, Pace
 from .prefill import CUDA_SHAPES, Prefill, next_together
 from .rows import plain_only
-from .self_check import fastest_step, why_alone
+from .self_check import SharingCheck, fastest_step
 from .sequence import BatchReport, Emission, FinishReason, Sequence
 
 log = logging.getLogger("engine")
@@ -32,6 +32,9 @@ _CHANGE_THE_REQUEST = "Change the request; if others fail in the same way, the m
 _NO_MEMORY = "the device had no memory left, even with nothing beside it"
 _ASK_FOR_LESS = "Shorten the prompt, unload a model, or give the sidecar a smaller memory budget"
 
+_ROWS_ON_CPU = 8
+"""Prompts of one chunk's length that go through a CPU together: each further one saves less."""
+
 
 class ModelBatch:
     """Runs sequences of one model; see `Batch`. Inference thread only."""
@@ -40,10 +43,17 @@ class ModelBatch:
         self.model = model
         self.prefill_chunk_tokens = prefill_chunk_tokens
         self.prefilled = 0
-        self._pace = Pace(prefill_chunk_tokens)
         self._step, self.why_not_compiled = fastest_step(model)
         self._plain = plain_only(model)
-        self.prefill_shapes = CUDA_SHAPES if self._plain and mx.cuda.is_available() else ()
+        self._on_cpu = mx.default_device().type == mx.DeviceType.cpu
+        self.prefill_shapes: tuple[int, ...] = ()
+        if self._plain and mx.cuda.is_available():
+            self.prefill_shapes = _shapes(prefill_chunk_tokens)
+        self.pace = (
+            Pace(prefill_chunk_tokens, 2.0, passes=0)
+            if self.prefill_shapes
+            else Pace(prefill_chunk_tokens, passes=0 if self._on_cpu else 1)
+        )
         self._live: set[Sequence] = set()
         self._suspects: set[Sequence] = set()
         self._waiting: deque[Sequence] = deque()
@@ -53,11 +63,12 @@ class ModelBatch:
         self._emissions: list[Emission] = []
         self._dispatched_prompt = 0
         self._why_alone: str | None = None
-        self._checked = False
+        self._check: SharingCheck | None = SharingCheck(model)
         weights_bytes = sum(array.nbytes for _, array in _arrays(model))
         # Another batch would be another pass over the weights. Padding is dearer than that: it is masked.
         self._most_padding = weights_bytes // 4
-        self.footprint = footprint(model, weights_bytes, prefill_chunk_tokens, self._most_padding)
+        self._most_together = prefill_chunk_tokens * (_ROWS_ON_CPU if self._on_cpu else 1)
+        self.footprint = footprint(model, weights_bytes, self._most_together, self._most_padding)
 
     def __len__(self) -> int:
         return len(self._live)
@@ -89,22 +100,30 @@ class ModelBatch:
         """
         began = time.monotonic()
         self._settle()
-        self._join()
-        for batch in list(self._decoding):
-            self._guarded(batch, lambda batch=batch: _dispatch(batch))
-        decoding = bool(self._decoding)
-        # What is read now is behind the chunk of the step before.
-        self.prefilled, self._dispatched_prompt = self._dispatched_prompt, 0
-        tokens = self._pace.tokens(decoding=decoding, together=self._came_together())
-        self._dispatched_prompt = self._prefill(tokens)
+        if self._on_cpu:
+            # Here MLX computes most of what it is handed before it returns: no chunk runs behind a decode
+            # step. So the chunk comes first, and whoever is through with a prompt has a part in the step.
+            self.prefilled = self._prefill()
+            decoding = self._decode()
+        else:
+            decoding = self._decode()
+            # What is read now is behind the chunk of the step before.
+            self.prefilled, self._dispatched_prompt = self._dispatched_prompt, self._prefill()
         for batch in [*self._ending, *self._decoding]:
             self._guarded(batch, lambda batch=batch: self._read(batch))
         self._ending.clear()
-        self._pace.note(time.monotonic() - began, self.prefilled, decoding=decoding)
+        if self.prefilled or not self._dispatched_prompt:
+            self.pace.note(time.monotonic() - began, self.prefilled, decoding=decoding)
         emissions, self._emissions = self._emissions, []
         if not self._live:
             self._drop_all()
         return emissions
+
+    def prepare(self) -> bool:
+        """Do a little of what the first company would wait for; return whether there is more."""
+        if self._check is not None and not self._check.advance():
+            self._check_sharing()
+        return self._check is not None
 
     def report(self) -> BatchReport:
         """Return what is being done; any thread may ask."""
@@ -116,6 +135,12 @@ class ModelBatch:
             why_alone=self._why_alone,
             why_not_compiled=self.why_not_compiled,
         )
+
+    def _decode(self) -> bool:
+        self._join()
+        for batch in list(self._decoding):
+            self._guarded(batch, lambda batch=batch: _dispatch(batch))
+        return bool(self._decoding)
 
     def _settle(self) -> None:
         for batch in list(self._decoding):
@@ -150,8 +175,8 @@ class ModelBatch:
         self._decoding = joined
 
     def _check_sharing(self) -> None:
-        if not self._checked:
-            self._why_alone, self._checked = why_alone(self.model), True
+        if self._check is not None:
+            self._why_alone, self._check = self._check.why_alone(), None
 
     def _alone(self, batch: DecodeBatch) -> bool:
         return self._why_alone is not None or not self._suspects.isdisjoint(batch.sequences)
@@ -171,7 +196,8 @@ class ModelBatch:
             for sequence in batch.sequences
         )
 
-    def _prefill(self, tokens: int) -> int:
+    def _prefill(self) -> int:
+        tokens = self.pace.tokens(decoding=bool(self._decoding), together=self._came_together())
         spent = 0
         # A small rest of the budget would be a chunk that costs a pass over the weights.
         while (spent == 0 or tokens - spent >= LEAST_TOKENS) and (
@@ -180,14 +206,17 @@ class ModelBatch:
             spent += (
                 self._guarded(prefill, lambda p=prefill, most=tokens - spent: self._advance(p, most)) or 0
             )
-            if self._prefills and self._prefills[-1] is prefill:
-                break  # The next turn is another's: a long prompt does not hold up the short ones behind it.
+            if prefill in self._prefills:
+                break  # The next turn may be another's.
         return spent
 
     def _advance(self, prefill: Prefill, most: int) -> int:
         done = prefill.advance(most) if prefill.remaining else 0
-        if prefill.remaining:
+        if prefill.remaining and any(other.remaining < prefill.remaining for other in self._prefills):
+            # A long prompt does not hold up the short ones behind it, but among equals the first ends first.
             self._prefills.append(prefill)
+        elif prefill.remaining:
+            self._prefills.appendleft(prefill)
         else:
             self._decoding.append(DecodeBatch(self._step, prefill.sequences, prefill.finish()))
         return done
@@ -201,13 +230,21 @@ class ModelBatch:
         if len(self._waiting) > 1:
             self._check_sharing()
         together = self._plain and self._why_alone is None and self._waiting[0] not in self._suspects
-        most = self.prefill_chunk_tokens if together else 0
-        return Prefill(self.model, next_together(self._waiting, most, self._suspects), self.prefill_shapes)
+        most = self._most_together if together else 0
+        sequences = next_together(self._waiting, most, self._suspects, any_number=self._on_cpu)
+        cpu_length = self.prefill_chunk_tokens if self._on_cpu else 0
+        return Prefill(self.model, sequences, self.prefill_shapes, cpu_length)
 
     def _read(self, batch: DecodeBatch) -> None:
-        for chosen in batch.read():
+        for chosen in batch.read(last=self._on_cpu and self._urgent(batch)):
             if chosen.sequence in self._live:
                 self._take(chosen)
+
+    def _urgent(self, batch: DecodeBatch) -> bool:
+        """Return whether tokens would come late if they were read behind the next step."""
+        if self._waiting or self._prefills:
+            return True  # That step is behind a chunk.
+        return any(sequence.first_token_at is None for sequence in batch.sequences)
 
     def _take(self, chosen: Chosen) -> None:
         sequence, token = chosen.sequence, chosen.token
@@ -222,21 +259,22 @@ class ModelBatch:
             return
         sequence.tokens.append(token)
         if len(sequence.tokens) == sequence.max_tokens:
-            self._end(sequence, "length", token=token)
+            self._end(sequence, "length", chosen=chosen)
         else:
-            self._emissions.append(Emission(sequence, token, None))
+            self._emissions.append(Emission(sequence, token, None, chosen.log_probs))
 
     def _end(
         self,
         sequence: Sequence,
         finish: FinishReason,
         failure: SidecarError | None = None,
-        token: int | None = None,
+        chosen: Chosen | None = None,
     ) -> None:
         sequence.finished_at = time.monotonic()
         sequence.failure = failure
         self._forget(sequence)
-        self._emissions.append(Emission(sequence, token, finish))
+        token, log_probs = (chosen.token, chosen.log_probs) if chosen else (None, None)
+        self._emissions.append(Emission(sequence, token, finish, log_probs))
 
     def _guarded(self, group: "DecodeBatch | Prefill", work: Callable[[], Any]) -> Any:
         try:
@@ -281,6 +319,10 @@ class ModelBatch:
 def _dispatch(batch: DecodeBatch) -> None:
     batch.arrange()
     batch.dispatch()
+
+
+def _shapes(most: int) -> tuple[int, ...]:
+    return tuple(shape for shape in CUDA_SHAPES if shape <= most) or CUDA_SHAPES[:1]
 
 
 def _arrays(model: Any) -> list[tuple[str, mx.array]]:

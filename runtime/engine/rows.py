@@ -77,10 +77,10 @@ class Rows:
                     fixed += window * token
         return growing, fixed
 
-    def arrays(self) -> list[mx.array]:
-        """Return everything to evaluate, what only the host's bookkeeping refers to included."""
+    def arrays(self, begin: int = 0, end: int | None = None) -> list[mx.array]:
+        """Return all there is to evaluate of some layers, what only the host has use for included."""
         found: list[mx.array] = []
-        for layer in self.layers:
+        for layer in self.layers[begin:end]:
             _collect(layer.state, found)
         return found
 

@@ -1,10 +1,11 @@
 """Whether a model may run several sequences in one batch, and in which way: tried, not believed.
 
-Some models' code takes no padded rows: it raises, or mixes rows up without a word. So before the first
-request rows of different length go through the model alone and together, and must come out the same.
+Some models' code takes no padded rows: it raises, or mixes rows up without a word. So before the first two
+sequences meet rows of different length go through the model alone and together, and must come out the same.
 """
 
 import logging
+from collections.abc import Generator
 from typing import Any, cast
 
 import mlx.core as mx
@@ -23,14 +24,48 @@ _MOST_ERROR_16_BIT = 0.2
 below what it costs a row to look at another's tokens, or at its own in the wrong place."""
 
 
-def why_alone(model: Any) -> str | None:
-    """Return why each sequence of this model must run by itself; None if they may share batches."""
+class SharingCheck:
+    """Finds out, a pass of the model at a time, whether its sequences may share batches."""
+
+    def __init__(self, model: Any) -> None:
+        self._trying = _try_together(model)
+        self._done = False
+        self._why_alone: str | None = None
+
+    def advance(self) -> bool:
+        """Do a little; return whether there is more to do."""
+        if not self._done:
+            try:
+                next(self._trying)
+            except StopIteration as done:
+                self._why_alone, self._done = done.value, True
+        return not self._done
+
+    def why_alone(self) -> str | None:
+        """Return why each sequence of this model must run by itself; None if they may share batches."""
+        while not self._done:
+            self.advance()
+        return self._why_alone
+
+
+def _try_together(model: Any) -> Generator[None, None, str | None]:
     reason = why_not_batched(model)
     if reason is not None:
         return reason
     try:
-        alone = mx.concatenate([_next_logits(model, _prefilled(model, length)) for length in _LENGTHS])
-        same = _are_same(alone, _next_logits(model, _together(model)))
+        alone: list[mx.array] = []
+        for length in _LENGTHS:
+            rows = _prefilled(model, length)
+            yield
+            alone.append(_next_logits(model, rows))
+            mx.eval(alone)
+            yield
+        together = _prefilled(model, _LENGTHS[0])
+        for length in _LENGTHS[1:]:
+            yield
+            together.join(_prefilled(model, length))
+        yield
+        same = _are_same(mx.concatenate(alone), _next_logits(model, together))
     except Exception as exception:
         log.info("the model's code raised on rows of different length", exc_info=exception)
         return "its code does not take rows of different length"

@@ -48,6 +48,9 @@ log = logging.getLogger("engine")
 _MEMORY_SECONDS = 0.1
 """How old the figures of MLX's allocator may be while there is work."""
 
+_REST_SECONDS = 0.25
+"""After so long without work models are made ready for company; who has just loaded one may ask at once."""
+
 _IDLE_SECONDS = 5.0
 """After so long without work MLX's unused buffers are given back."""
 
@@ -248,11 +251,20 @@ class InferenceThread:
 
     def _next_command(self) -> Callable[[], None]:
         try:
+            return self._commands.get(timeout=_REST_SECONDS)
+        except queue.Empty:
+            self._prepare()
+        try:
             return self._commands.get(timeout=_IDLE_SECONDS)
         except queue.Empty:
             # What sequences had used may be a lot, and others may need it.
             self.give_memory_back()
             return self._commands.get()
+
+    def _prepare(self) -> None:
+        for batch in self._batches.values():
+            while self._commands.empty() and batch.prepare():
+                pass
 
     def _obey_one(self, command: Callable[[], None]) -> None:
         try:

@@ -9,8 +9,9 @@ import time
 
 import mlx.core as mx
 
+from .device import memory_bytes
 from .model_batch import ModelBatch
-from .prefill import Prefill
+from .rows import Rows
 from .sequence import Sampling, Sequence
 
 _LENGTHS = (2, 40, 300)
@@ -23,8 +24,8 @@ _SAMPLINGS = (
 )
 _TOKENS = 4
 _ROWS = (2, 4, 8, 16, 32)
-_DEPTH_IN_CHUNKS, _DEPTH_IN_TOKENS = 32, 16384
-"""How far into a prompt the plans for chunks of a length are made; further on they are made as they come."""
+_DEPTH = 16384
+"""How far into a prompt the plans for chunks are made; further on they are made as they come."""
 
 
 def warm_up(batch: ModelBatch, device: str) -> float:
@@ -35,8 +36,8 @@ def warm_up(batch: ModelBatch, device: str) -> float:
     """
     began = time.monotonic()
     if device != "cpu":
-        for length in batch.prefill_shapes:
-            _prefill(batch, length)
+        if batch.prefill_shapes:
+            _plan(batch)
         for length in (*_LENGTHS, batch.prefill_chunk_tokens):
             _run(batch, [_sequence(length, Sampling())])
         for sampling in _SAMPLINGS:
@@ -45,15 +46,20 @@ def warm_up(batch: ModelBatch, device: str) -> float:
         _run(batch, [_sequence(2, sampling) for sampling in _SAMPLINGS])
         for rows in _ROWS:
             _run(batch, [_sequence(_LENGTHS[1], Sampling()) for _ in range(rows)])
+        # What has been measured is mostly the time of compilers.
+        batch.pace.forget()
     return (time.monotonic() - began) * 1000
 
 
-def _prefill(batch: ModelBatch, chunk: int) -> None:
-    length = min(chunk * _DEPTH_IN_CHUNKS, _DEPTH_IN_TOKENS)
-    prefill = Prefill(batch.model, [_sequence(length + 1, Sampling())], (chunk,))
-    while prefill.remaining:
-        prefill.advance(chunk)
-    mx.eval(prefill.finish().arrays())
+def _plan(batch: ModelBatch) -> None:
+    rows = Rows(batch.model)
+    # Caches are copied as they grow; where there is little room they are not made to.
+    room = (memory_bytes() - batch.footprint.weights) // (4 * batch.footprint.kv_per_token)
+    for depth in range(0, min(_DEPTH, room), batch.prefill_shapes[-1]):
+        for shape in batch.prefill_shapes:
+            rows.end_at([depth])
+            batch.model(mx.zeros((1, shape), mx.int32), cache=rows.layers)
+            mx.eval(rows.arrays())
 
 
 def _run(batch: ModelBatch, sequences: list[Sequence]) -> None:

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 GREEDY = Sampling()
 
 
-def make_batch(module: Any, prefill_chunk_tokens: int) -> "Batch":
-    """Return the batch that the engine uses."""
+def make_batch(module: Any, prefill_chunk_tokens: int, prefill_shapes: tuple[int, ...] = ()) -> "Batch":
+    """Return the batch that the engine uses, which has shapes for prefill on CUDA."""
     from mlx_sidecar.runtime.engine.model_batch import ModelBatch
 
-    return ModelBatch(module, prefill_chunk_tokens=prefill_chunk_tokens)
+    batch = ModelBatch(module, prefill_chunk_tokens=prefill_chunk_tokens)
+    batch.prefill_shapes = prefill_shapes or batch.prefill_shapes
+    return batch
 
 
 @dataclass(frozen=True)

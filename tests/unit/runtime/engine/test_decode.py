@@ -54,7 +54,7 @@ def test_sequences_leave_and_come_and_every_answer_is_its_own(
         if going:
             batch.arrange()
             batch.dispatch()
-        for sequence, token, usable in batch.read():
+        for sequence, token, usable, *_ in batch.read():
             assert usable
             sequence.tokens.append(token)
             if len(sequence.tokens) == sequence.max_tokens:

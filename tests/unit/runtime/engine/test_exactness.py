@@ -6,6 +6,7 @@ a longer hunt: `EXACTNESS_SCHEDULES=300 pytest tests/unit/runtime/engine/test_ex
 
 import os
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -50,6 +51,16 @@ rows = st.builds(
 schedules = st.lists(rows, min_size=2, max_size=6)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def short_chunks_are_halved_too() -> Iterator[None]:
+    """Have two streams share every chunk that has two positions, as they share long ones on a CPU."""
+    from mlx_sidecar.runtime.engine import prefill
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefill, "LEAST_TO_HALVE", 2)
+        yield
+
+
 def expected(architecture: str, row: Row) -> Outcome:
     """What becomes of a row that nobody cancels, by the model alone; if sampled, by a batch of its own."""
     if row.sampling != GREEDY:
@@ -59,8 +70,8 @@ def expected(architecture: str, row: Row) -> Outcome:
     return Outcome(tokens, ["length"]) if end is None else Outcome(tokens[:end], ["stop"])
 
 
-def check(architecture: str, chunk: int, schedule: list[Row]) -> None:
-    outcomes = play(make_batch(tiny_network(architecture), chunk), schedule)
+def check(architecture: str, chunk: int, schedule: list[Row], shapes: tuple[int, ...] = ()) -> None:
+    outcomes = play(make_batch(tiny_network(architecture), chunk, shapes), schedule)
     for row, outcome in zip(schedule, outcomes, strict=True):
         whole = expected(architecture, row)
         if outcome.ends == ["cancelled"]:
@@ -77,6 +88,14 @@ def test_company_changes_no_token(architecture: str, chunk: int, schedule: list[
         # Where the model itself cannot decide, rounding does; such prompts are no examples.
         assume(row.sampling != GREEDY or not alone(architecture, row.prompt).has_near_tie(row.max_tokens))
     check(architecture, chunk, schedule)
+
+
+@settings(max_examples=SCHEDULES, suppress_health_check=[HealthCheck.too_slow])
+@given(chunk=st.sampled_from(CHUNKS), schedule=schedules)
+def test_prompts_may_go_through_a_layer_at_a_time(chunk: int, schedule: list[Row]) -> None:
+    for row in schedule:
+        assume(row.sampling != GREEDY or not alone("llama", row.prompt).has_near_tie(row.max_tokens))
+    check("llama", chunk, schedule, shapes=(4, 16))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3_next"])

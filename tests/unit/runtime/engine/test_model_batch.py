@@ -179,3 +179,28 @@ def test_a_short_prompt_is_not_held_up_by_a_long_one_before_it() -> None:
     batch.add(short)
     order = [emission.sequence for emission in run(batch)]
     assert order == [short, long]
+
+
+def test_a_first_token_does_not_wait_for_the_next_prompt_on_a_cpu() -> None:
+    import mlx.core as mx
+
+    if mx.default_device().type != mx.DeviceType.cpu:
+        pytest.skip("elsewhere a chunk is computed while the host goes on")
+    batch = ModelBatch(tiny_network("llama"), prefill_chunk_tokens=64)
+    short, long = sequence((5, 6)), sequence((1, 2, 3, 4) * 500)
+    batch.add(short)
+    batch.add(long)
+    assert [emission.sequence for emission in batch.step()] == [short]
+
+
+def test_of_two_long_prompts_the_first_one_is_read_first() -> None:
+    batch = ModelBatch(tiny_network("llama"), prefill_chunk_tokens=64)
+    first, second = sequence((1, 2, 3, 4) * 250, 1), sequence((4, 3, 2, 1) * 250, 1)
+    batch.add(first)
+    batch.add(second)
+    waits = list[int]()
+    for each in (first, second):
+        waits.append(0)
+        while all(emission.sequence is not each for emission in batch.step()):
+            waits[-1] += 1
+    assert waits[1] > waits[0] // 2

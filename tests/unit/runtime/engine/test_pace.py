@@ -1,5 +1,7 @@
 """How large a chunk of prefill is, from what steps have been seen to cost."""
 
+import pytest
+
 from mlx_sidecar.runtime.engine.pace import LEAST_TOKENS, Pace
 
 MOST = 2048
@@ -47,3 +49,17 @@ def test_a_chunk_shrinks_when_prefill_gets_slower_deep_in_a_prompt() -> None:
     for _ in range(30):
         pace.note(2 * 0.005 + before * 1e-4, before, decoding=True)
     assert pace.tokens(decoding=True, together=False) < before
+
+
+def test_a_share_of_a_long_chunk_leaves_more_time_than_a_chunk_with_a_pass_of_its_own() -> None:
+    pace = Pace(MOST, slowdown=2.5, passes=0)
+    for _ in range(30):
+        pace.note(0.005, 0, decoding=True)
+        pace.note(0.005 + 500 * 1e-5, 500, decoding=True)
+    assert 0.005 + pace.tokens(decoding=True, together=False) * 1e-5 == pytest.approx(2.5 * 0.005, rel=0.06)
+
+
+def test_what_has_been_forgotten_is_measured_anew() -> None:
+    pace = measured(0.005, 1.0)
+    pace.forget()
+    assert pace.tokens(decoding=True, together=False) == Pace(MOST).tokens(decoding=True, together=False)

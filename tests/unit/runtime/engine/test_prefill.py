@@ -36,24 +36,36 @@ def test_nobody_goes_with_one_that_must_be_alone() -> None:
     assert next_together(deque(line), 1000, alone={line[1]}) == line[:1]
 
 
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=20), st.integers(2, 400))
-def test_chunks_of_given_shapes_lie_at_multiples_of_their_length(budgets: list[int], length: int) -> None:
-    prefill = Prefill(tiny_network("llama"), [of_length(length)], SHAPES)
-    done = 0
-    for budget in budgets:
-        if not prefill.remaining:
-            break
-        size = prefill.advance(budget)
-        assert size in SHAPES
-        assert done % size == 0
-        assert size <= max(budget + budget // 2, SHAPES[0])
-        done += size
+def test_any_number_goes_together_where_no_shape_is_dear() -> None:
+    line = deque(of_length(5) for _ in range(7))
+    assert len(next_together(line, 1000, alone=(), any_number=True)) == 7
+    assert not line
 
 
-@pytest.mark.parametrize("shapes", [(), SHAPES])
+@given(st.integers(1, 64), st.integers(2, 400), st.sampled_from([1, 2, 4]))
+def test_chunks_of_given_shapes_go_through_as_many_layers_as_there_is_time_for(
+    budget: int, length: int, rows: int
+) -> None:
+    network: Any = tiny_network("llama")
+    prefill = Prefill(network, [of_length(length) for _ in range(rows)], SHAPES)
+    worth, chunk = list[int](), 0
+    while left := prefill.remaining:
+        worth.append(prefill.advance(budget))
+        chunk += worth[-1]
+        assert worth[-1] <= max(budget, -(-SHAPES[-1] * 3 // 2 // len(network.layers)))
+        if prefill.remaining != left:
+            assert chunk in [shape * rows for shape in SHAPES]
+            chunk = 0
+    assert chunk == 0
+    assert sum(worth) >= rows * (length - 1)
+
+
+@pytest.mark.parametrize(("shapes", "cpu_length"), [((), 0), (SHAPES, 0), ((), 32)])
 @pytest.mark.parametrize("lengths", [(70,), (40, 40), (33, 61, 50, 64)])
-def test_caches_hold_each_prompt_and_end_together(lengths: tuple[int, ...], shapes: tuple[int, ...]) -> None:
-    prefill = Prefill(tiny_network("llama"), [of_length(length) for length in lengths], shapes)
+def test_caches_hold_each_prompt_and_end_together(
+    lengths: tuple[int, ...], shapes: tuple[int, ...], cpu_length: int
+) -> None:
+    prefill = Prefill(tiny_network("llama"), [of_length(length) for length in lengths], shapes, cpu_length)
     while prefill.remaining:
         prefill.advance(16 * len(lengths))
     rows: Any = prefill.finish()

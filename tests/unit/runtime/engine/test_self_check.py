@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from support.tiny_networks import ARCHITECTURES, MIXES_ROWS_UP, UNBATCHABLE, tiny_network
 
-from mlx_sidecar.runtime.engine.self_check import fastest_step, why_alone
+from mlx_sidecar.runtime.engine.self_check import SharingCheck, fastest_step
 
 
 def no_mask(*_: Any, **__: Any) -> None:
@@ -33,22 +33,37 @@ class Careless:
     "architecture", [name for name in ARCHITECTURES if name not in UNBATCHABLE + MIXES_ROWS_UP]
 )
 def test_a_network_that_gives_the_same_in_company_may_share_a_batch(architecture: str) -> None:
-    assert why_alone(tiny_network(architecture)) is None
+    assert SharingCheck(tiny_network(architecture)).why_alone() is None
 
 
 def test_a_cache_for_one_sequence_runs_alone_and_says_why() -> None:
-    assert why_alone(tiny_network("llama4")) == "its ChunkedKVCache holds one sequence only"
+    assert SharingCheck(tiny_network("llama4")).why_alone() == "its ChunkedKVCache holds one sequence only"
 
 
 def test_code_that_raises_on_padded_rows_runs_alone() -> None:
-    assert why_alone(tiny_network("gemma2")) == "its code does not take rows of different length"
+    assert (
+        SharingCheck(tiny_network("gemma2")).why_alone() == "its code does not take rows of different length"
+    )
 
 
 def test_code_that_mixes_rows_up_without_a_word_is_found_out() -> None:
-    assert why_alone(Careless()) == "its answers change when rows of different length share a batch"
+    assert (
+        SharingCheck(Careless()).why_alone()
+        == "its answers change when rows of different length share a batch"
+    )
 
 
 def test_steps_are_not_compiled_without_the_kernel_they_need() -> None:
     step, reason = fastest_step(tiny_network("llama"))
     assert type(step).__name__ == "PlainStep"
     assert reason == "compiled steps write their caches in a CUDA kernel"
+
+
+def test_a_check_goes_on_where_it_was_and_ends() -> None:
+    check = SharingCheck(Careless())
+    advances = 1
+    while check.advance():
+        advances += 1
+    assert advances > 5
+    assert not check.advance()
+    assert check.why_alone() == SharingCheck(Careless()).why_alone()

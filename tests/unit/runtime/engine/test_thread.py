@@ -1,6 +1,7 @@
 """The inference thread over batches that fail on command; the real batch is tested in the real process."""
 
 import queue
+import threading
 from collections.abc import Generator
 from pathlib import Path
 
@@ -29,6 +30,9 @@ class ScriptedBatch:
         self.failures = set(failures)
         self.error: Exception | None = None
         self.rows: dict[Sequence, int] = {}
+        self.wants_to_prepare = False
+        self.preparing = threading.Semaphore(0)
+        self.prepared = threading.Semaphore(0)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -51,6 +55,12 @@ class ScriptedBatch:
             if ended:
                 del self.rows[sequence]
         return emissions
+
+    def prepare(self) -> bool:
+        if self.wants_to_prepare:
+            self.preparing.release()
+            assert self.prepared.acquire(timeout=10)
+        return self.wants_to_prepare
 
     def reset(self) -> list[Sequence]:
         self._may_fail("reset")
@@ -104,6 +114,22 @@ def bench() -> Generator[Bench]:
     bench = Bench()
     yield bench
     assert bench.engine.stop(10)
+
+
+def test_an_idle_engine_gets_a_model_ready_a_little_at_a_time_until_somebody_asks(bench: Bench) -> None:
+    batch = ScriptedBatch()
+    batch.wants_to_prepare = True
+    bench.attach("m", batch)
+    for _ in range(3):
+        assert batch.preparing.acquire(timeout=10)
+        batch.prepared.release()
+    assert batch.preparing.acquire(timeout=10)
+    sequence = bench.submit("m", 3)
+    batch.prepared.release()
+    assert bench.end_of(sequence).finish == "length"
+    assert batch.preparing.acquire(timeout=10)
+    batch.wants_to_prepare = False
+    batch.prepared.release()
 
 
 def test_a_sequence_gets_its_tokens_in_order_and_one_end(bench: Bench) -> None:
