@@ -43,6 +43,12 @@ class FrameReader:
         self._splitter: LineSplitter | HeaderSplitter | None = None
         self.framing = framing
 
+    def settle(self, framing: Framing, *, begun: bool) -> None:
+        """Take the framing from somebody who has seen more; `begun` says that the first frame went there."""
+        self.framing = framing
+        if begun:
+            self._held = _BLANK[:1]
+
     def feed(self, chunk: bytes) -> list[Frame]:
         """Return the frames that `chunk` completes."""
         if self._splitter is None:

@@ -85,13 +85,13 @@ def _serve_host(settings: Settings, channel: "Channel", framing: Framing | None)
     from .server.peer import Peer
     from .telemetry.vitals import Vitals
 
+    _start_log(settings)
     vitals = Vitals()
     host = Peer(channel, PresenceApi(vitals).methods(), framing, vitals.pulses)
     host.greet()
     host.start()
     from .app import serve_host
 
-    _start_log(settings)
     return serve_host(settings, vitals, host)
 
 

@@ -77,6 +77,7 @@ void bind_pulse(py::module_& m) {
           [](Pulse& pulse, const py::bytes& greeted) { pulse.start(static_cast<std::string_view>(greeted)); },
           py::arg("greeted"))
       .def_property_readonly("framing", [](Pulse& pulse) { return name_of(pulse.framing()); })
+      .def_property_readonly("took_beginning", &Pulse::took_beginning)
       .def("read",
            [](Pulse& pulse) {
              while (true) {

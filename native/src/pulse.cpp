@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <cstring>
 #include <system_error>
 #include <utility>
 
@@ -19,11 +20,11 @@ namespace {
 using std::chrono::milliseconds;
 
 constexpr milliseconds kPatience{15};
-constexpr milliseconds kRetry{5};
+constexpr milliseconds kRetry{20};
 constexpr std::size_t kReadBytes = 64 * 1024;
 constexpr std::size_t kTakeBytes = 256 * 1024;
 constexpr std::size_t kMaxWaiting = 1024 * 1024;
-constexpr std::size_t kMaxUnfinished = 64 * 1024;
+constexpr std::size_t kMaxUnfinished = 1024 * 1024;
 constexpr std::size_t kLongestPing = 1024;  // with its headers
 
 // The clock of Python's time.monotonic().
@@ -85,6 +86,7 @@ Pulse::Pulse(std::shared_ptr<Vitals> vitals, int read_fd, int write_fd, Framing 
 Pulse::~Pulse() { stop(); }
 
 void Pulse::start(std::string_view greeted) {
+  began_ = !greeted.empty();
   while (!greeted.empty()) {
     if (finder_.at_frame()) unfinished_.clear();
     const auto size = finder_.pass(greeted);
@@ -105,12 +107,13 @@ void Pulse::wait() {
   std::unique_lock lock(mutex_);
   dealt_with();
   answer_in_turn();
-  arrived_.wait(lock, [this] { return for_python() > 0 || ended_ || stopping_; });
+  arrived_.wait(lock, [this] { return for_python(false) > 0 || ended_ || stopping_; });
 }
 
 std::optional<std::string> Pulse::take() {
   const std::lock_guard lock(mutex_);
-  const std::size_t size = for_python();
+  answer_in_turn();
+  const std::size_t size = for_python(true);
   if (size == 0) return ended_ || stopping_ ? std::make_optional<std::string>() : std::nullopt;
   const bool was_full = waiting_.size() >= kMaxWaiting;
   std::string chunk = hand_over(size);
@@ -167,7 +170,7 @@ void Pulse::run() {
     if (size > 0) append({buffer.data(), static_cast<std::size_t>(size)});
     if (size == 0 || failed) ended_ = true;
     if (Clock::now() >= look_at_) overtake();
-    if (for_python() > 0 || ended_) arrived_.notify_one();
+    if (consumed_ && (for_python(false) > 0 || ended_)) arrived_.notify_one();
   }
 }
 
@@ -186,14 +189,19 @@ std::optional<std::string_view> Pulse::free_ping(const Frame& frame) const {
 }
 
 // How much of what is waiting Python may take: whole frames up to a ping, or a part of one that is too long
-// to be a ping. A ping that comes first is Python's: it could not be answered.
-std::size_t Pulse::for_python() {
+// to be a ping. If it takes them now, and there is no room for the answers, pings are Python's as well.
+std::size_t Pulse::for_python(bool now) {
+  bool stop_at_pings = true;
   while (passed_ < std::min(waiting_.size(), kTakeBytes)) {
     if (finder_.at_frame()) {
       const auto frame = finder_.whole(unseen());
       if (!frame && passed_ > 0) break;
-      if (!ended_ && waiting_.size() <= kLongestPing && finder_.is_part(waiting_)) break;
-      if (frame && free_ping(*frame)) return passed_ > 0 ? passed_ : frame->size;
+      if (!frame && !ended_ && waiting_.size() <= kLongestPing && finder_.is_part(waiting_)) break;
+      if (frame && stop_at_pings && free_ping(*frame)) {
+        if (!now) return passed_ > 0 ? passed_ : frame->size;
+        if (passed_ > 0 && writer.has_room()) break;
+        stop_at_pings = false;
+      }
     }
     passed_ += finder_.pass(unseen());
   }
@@ -201,13 +209,14 @@ std::size_t Pulse::for_python() {
 }
 
 std::string Pulse::hand_over(std::size_t size) {
-  if (passed_ < size) passed_ += finder_.pass(unseen());
   std::string chunk = waiting_.substr(0, size);
   waiting_.erase(0, size);
-  passed_ = 0;
+  passed_ -= size;
   whole_ = finder_.at_frame();
   unfinished_ += chunk;
+  began_ = true;
   consumed_ = false;
+  ahead_.reset();
   patience_ends_ = Clock::now() + kPatience;
   look_at_ = waiting_.empty() ? Clock::time_point::max() : patience_ends_;
   return chunk;
@@ -217,40 +226,62 @@ std::string Pulse::hand_over(std::size_t size) {
 void Pulse::dealt_with() {
   consumed_ = true;
   if (whole_) unfinished_.clear();
-  if (unfinished_.size() > kMaxUnfinished) unfinished_.resize(kMaxUnfinished);
+  too_long_ = unfinished_.size() > kMaxUnfinished;
+  if (too_long_) unfinished_.resize(kMaxUnfinished);
+  ahead_.reset();
 }
 
 void Pulse::answer_in_turn() {
   if (!finder_.at_frame()) passed_ += finder_.pass(unseen());
-  while (passed_ == 0 && finder_.at_frame()) {
-    const auto frame = finder_.whole(waiting_);
+  if (passed_ > 0) return;
+  std::size_t answered = 0;
+  while (finder_.at_frame()) {
+    const auto frame = finder_.whole(std::string_view(waiting_).substr(answered));
     const auto id = frame ? free_ping(*frame) : std::nullopt;
-    if (!id || !answer(*id, false)) return;
-    waiting_.erase(0, frame->size);
+    if (!id || !answer(*id, false)) break;
+    answered += frame->size;
   }
+  waiting_.erase(0, answered);
 }
 
 void Pulse::overtake() {
   look_at_ = Clock::time_point::max();
-  if (shut_down_) return;
   if (!finder_.at_frame()) passed_ += finder_.pass(unseen());
-  Ahead ahead;
-  ahead.note(unfinished_ + waiting_.substr(0, passed_));
-  while (finder_.at_frame() && !ahead.shutdown) {
-    const auto frame = finder_.whole(unseen());
-    if (!frame) return;
+  if (shut_down_ || too_long_ || !finder_.at_frame() || unseen().empty()) return;
+  if (!writer.has_room()) {
+    // Not looked through again and again for one who does not read.
+    look_at_ = Clock::now() + kRetry;
+    return;
+  }
+  std::size_t at = passed_;
+  while (const auto frame = finder_.whole(std::string_view(waiting_).substr(at))) {
     const auto id = free_ping(*frame);
-    if (id && ahead.ids.count(std::string(*id)) == 0) {
+    const bool mine = id && may_overtake(*id);
+    if (ahead_ && ahead_->shutdown) break;
+    if (mine) {
       if (!answer(*id, true)) {
         look_at_ = Clock::now() + kRetry;
-        return;
+        break;
       }
-      waiting_.erase(passed_, frame->size);
     } else {
-      ahead.note(frame->body);
-      passed_ += finder_.pass(unseen());
+      finder_.pass(std::string_view(waiting_).substr(at));
+      std::memmove(&waiting_[passed_], &waiting_[at], frame->size);
+      passed_ += frame->size;
     }
+    at += frame->size;
   }
+  waiting_.erase(passed_, at - passed_);
+}
+
+bool Pulse::may_overtake(std::string_view id) {
+  if (!ahead_) {
+    ahead_.emplace();
+    ahead_->note(unfinished_ + waiting_.substr(0, passed_));
+  } else {
+    ahead_->note(std::string_view(waiting_).substr(noted_, passed_ - noted_));
+  }
+  noted_ = passed_;
+  return !ahead_->shutdown && ahead_->ids.count(std::string(id)) == 0;
 }
 
 bool Pulse::answer(std::string_view id, bool overtaking) {
@@ -264,7 +295,10 @@ bool Pulse::answer(std::string_view id, bool overtaking) {
   // Counted first: whoever has the answer finds it in `stats`.
   vitals_->answered += 1;
   vitals_->overtook += overtaking ? 1 : 0;
-  if (writer.slip_in(frame)) return true;
+  if (writer.slip_in(frame)) {
+    if (!began_ && passed_ == 0) took_beginning_ = true;
+    return true;
+  }
   vitals_->answered -= 1;
   vitals_->overtook -= overtaking ? 1 : 0;
   return false;

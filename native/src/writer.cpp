@@ -65,6 +65,11 @@ void Writer::write_all(std::string_view data) {
   broken_ = false;
 }
 
+bool Writer::has_room() {
+  const std::unique_lock lock(mutex_, std::try_to_lock);
+  return lock && !broken_ && sent_ == rest_.size() && is_writable(fd_, 0);
+}
+
 bool Writer::slip_in(std::string_view frame) {
   const std::unique_lock lock(mutex_, std::try_to_lock);
   if (!lock || broken_ || (kind_ == Kind::pipe && frame.size() > PIPE_BUF)) return false;

@@ -117,7 +117,8 @@ class Peer:
 
     def _take(self, chunk: bytes) -> None:
         if self._pulse is not None and (found := self._pulse.framing):
-            self._reader.framing = Framing(found)  # By a ping, perhaps, that never came here.
+            # By a ping, perhaps, that never came here.
+            self._reader.settle(Framing(found), begun=self._pulse.took_beginning)
         incoming = self.intake.feed(chunk)
         if self._pulse is not None and self.intake.shut_down:
             self._pulse.shut_down()

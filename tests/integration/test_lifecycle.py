@@ -311,6 +311,15 @@ def test_the_log_can_be_json_line_by_line(tiny_model: Path, tmp_path: Path) -> N
     assert {"debug", "info", "warning"} >= {entry["level"] for entry in entries} >= {"info", "warning"}
 
 
+@pytest.mark.parametrize("options", [("--log-format", "json"), ("--log-level", "error")])
+def test_the_log_is_as_asked_for_from_the_first_byte_on(options: tuple[str, str]) -> None:
+    server = [COMMAND, "serve", *options]
+    first = lines({"method": "$/cancelRequest", "params": 3})
+    done = subprocess.run(server, input=first, capture_output=True, timeout=PATIENCE_SECONDS, check=True)
+    levels = [json.loads(line)["level"] for line in done.stderr.splitlines()]
+    assert "warning" in levels if "json" in options else levels == []
+
+
 def test_the_log_level_is_the_least_that_is_written(tiny_model: Path) -> None:
     with Wire("--log-level", "error") as wire:
         wire.initialize()

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self
 
 import pytest
-from support.wire import PATIENCE_SECONDS, Listening, Talk, Wire
+from support.wire import PATIENCE_SECONDS, Listening, Talk, Wire, lines
 
 from mlx_sidecar.protocol.framing import Framing
 
@@ -104,6 +104,13 @@ def test_the_first_ping_is_answered_while_no_python_runs(lock: Lock, framing: Fr
         with lock:
             assert wire.result("ping")["state"] == "starting"
         wire.initialize()
+
+
+def test_behind_a_first_ping_a_byte_order_mark_is_no_beginning() -> None:
+    with Wire() as wire:
+        wire.result("ping")
+        wire.write(b"\xef\xbb\xbf" + lines({"id": 9, "method": "ping"}))
+        assert wire.response(None)["error"]["data"]["kind"] == "parse_error"
 
 
 def say_nothing(wire: Wire) -> None:

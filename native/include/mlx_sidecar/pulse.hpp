@@ -14,6 +14,7 @@
 #include <unordered_set>
 
 #include "mlx_sidecar/frames.hpp"
+#include "mlx_sidecar/ping.hpp"
 #include "mlx_sidecar/writer.hpp"
 
 namespace mlx_sidecar {
@@ -58,6 +59,10 @@ class Pulse {
   // What has been found out by all that was read; Python may have seen nothing of it.
   Framing framing();
 
+  // Whether the very first bytes were a ping that was answered: what Python gets does not begin at the
+  // beginning.
+  bool took_beginning() const { return took_beginning_; }
+
   // Returns when there is something to take, or nothing more will come. Says that all that was taken has been
   // dealt with.
   void wait();
@@ -82,12 +87,13 @@ class Pulse {
 
   void run();
   void append(std::string_view bytes);
-  std::size_t for_python();
+  std::size_t for_python(bool now);
   std::string hand_over(std::size_t size);
   void dealt_with();
   void answer_in_turn();
   void overtake();
   std::string_view unseen() const;
+  bool may_overtake(std::string_view id);
   std::optional<std::string_view> free_ping(const Frame& frame) const;
   bool answer(std::string_view id, bool overtaking);
   int timeout_ms();
@@ -106,12 +112,17 @@ class Pulse {
   bool shut_down_ = false;
   std::unordered_set<std::string> in_flight_;
 
-  std::string waiting_;     // not taken yet
-  std::string unfinished_;  // taken, but not known to have been dealt with
-  bool whole_ = true;       // what was taken ends with a frame
-  bool consumed_ = true;    // all of it has been dealt with, as far as it is whole
-  FrameFinder finder_;      // has passed all that was taken,
-  std::size_t passed_ = 0;  // and so much of what is waiting, which is Python's for certain
+  std::string waiting_;         // not taken yet
+  std::string unfinished_;      // taken, but not known to have been dealt with
+  bool whole_ = true;           // what was taken ends with a frame
+  bool consumed_ = true;        // all of it has been dealt with, as far as it is whole
+  bool too_long_ = false;       // a frame that was taken in part, to be remembered whole
+  FrameFinder finder_;          // has passed all that was taken,
+  std::size_t passed_ = 0;      // and so much of what is waiting, which is Python's for certain
+  std::optional<Ahead> ahead_;  // what a ping would overtake: what is unfinished,
+  std::size_t noted_ = 0;       // and so much of what is waiting
+  bool began_ = false;          // something was handed to Python
+  std::atomic<bool> took_beginning_{false};
   Clock::time_point look_at_ = Clock::time_point::max();
   Clock::time_point patience_ends_ = Clock::time_point::max();
 };

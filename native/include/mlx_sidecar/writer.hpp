@@ -20,6 +20,9 @@ class Writer {
   // Writes everything, however long that takes. Throws like `try_write`.
   void write_all(std::string_view data);
 
+  // Returns whether `slip_in` would likely succeed now. Costs nothing while somebody waits for the peer.
+  bool has_room();
+
   // Writes a whole frame between those of the others, without waiting; returns whether that was possible.
   bool slip_in(std::string_view frame);
 

@@ -350,6 +350,31 @@ def test_a_shutdown_that_waits_or_is_being_dealt_with_is_not_overtaken(end: End)
     assert end.pulse.read() == end.framed(ping(2))
 
 
+def test_a_shutdown_deep_in_a_frame_that_was_taken_in_part_is_not_overtaken(end: End) -> None:
+    shutdown = end.framed(b" " * 900_000 + b'{"jsonrpc":"2.0","id":1,"method":"shutdown"}' + b" " * 900_000)
+    taken = read_in_the_background(end)
+    end.say(shutdown[:-10])
+    got = b""
+    while len(got) < len(shutdown) - 10:
+        got += taken.get(timeout=PATIENCE_SECONDS)
+    end.say(shutdown[-10:] + end.framed(ping(2)))
+    assert taken.get(timeout=PATIENCE_SECONDS) == shutdown[-10:]
+    # By then it has been dealt with: the reader has come again.
+    assert end.hear()["id"] == 2
+    with End(framing=end.framing) as slow:
+        said = shutdown[:950_000]
+        slow.say(said)
+        while said:
+            said = said[len(slow.pulse.read()) :]
+        slow.say(shutdown[950_000:] + slow.framed(ping(2)))
+        overtaken(slow.pulses)
+        slow.pulse.shut_down()
+        rest = b""
+        while len(rest) < len(shutdown) - 950_000 + len(slow.framed(ping(2))):
+            rest += slow.pulse.read()
+        assert rest == shutdown[950_000:] + slow.framed(ping(2))
+
+
 @pytest.mark.parametrize("taken", [0, 1070, 1090, 2000])
 def test_a_request_with_the_same_id_is_not_overtaken(end: End, taken: int) -> None:
     said = end.framed(b" " * 1050 + b'{"jsonrpc": "2.0", "id" : "twice", "method": "models"}' + b" " * 2000)
@@ -486,18 +511,19 @@ def test_python_reads_every_frame_but_the_pings_that_were_answered_once(
             overtaken(end.pulses)
             reading = read_in_the_background(end)
         read = b"".join(iter(lambda: reading.get(timeout=PATIENCE_SECONDS), b""))
-        found = Framing(end.pulse.framing) if end.pulse.framing else None
-        end.framing = found or NDJSON
+        reader = FrameReader()
+        if end.pulse.framing:
+            end.framing = Framing(end.pulse.framing)
+            reader.settle(end.framing, begun=end.pulse.took_beginning)
         end.pulse.write_all(end.framed(b'"end"'))
         answered = [answer["id"] for answer in iter(end.hear, "end")]
-    frames = frames_in(whole, None)
+    frames = frames_in(whole, FrameReader())
     for request_id in answered:
         frames.remove(ping(request_id))
-    assert frames_in(read, found) == frames
+    assert frames_in(read, reader) == frames
 
 
-def frames_in(stream: bytes, framing: Framing | None) -> list[bytes | str]:
-    reader = FrameReader(framing)
+def frames_in(stream: bytes, reader: FrameReader) -> list[bytes | str]:
     frames = [*reader.feed(stream), *reader.close()]
     return [frame if isinstance(frame, bytes) else type(frame).__name__ for frame in frames]
 
@@ -583,6 +609,39 @@ def test_a_frame_that_python_has_begun_is_finished_for_it_and_pings_come_behind(
         end.pulse.write_all(memoryview(frame)[written:])
     end.pulse.write_all(end.framed(b'"behind"'))
     assert end.hear() == "behind"
+
+
+def test_who_does_not_read_costs_no_processor(end: End) -> None:
+    """What waits behind is not searched for pings as long as none could be answered."""
+
+    def cost() -> float:
+        began = time.process_time()
+        for _ in range(20):
+            overtaken(end.pulses)
+        return time.process_time() - began
+
+    alone = cost()
+    frame = end.framed(b'"' + b"x" * 1_000_000 + b'"')
+    written = end.pulse.try_write(frame)
+    writing = threading.Thread(target=lambda: end.pulse.write_all(memoryview(frame)[written:]), daemon=True)
+    writing.start()
+    end.ask(*[b'{"jsonrpc":"2.0","method":"models","id":%d}' % n for n in range(10_000)], ping("last"))
+    assert cost() < 5 * alone + 0.05
+    assert len(end.hear()) == 1_000_000
+    assert end.hear()["id"] == "last"
+    writing.join(PATIENCE_SECONDS)
+
+
+def test_many_pings_that_cannot_be_answered_are_taken_at_once(end: End) -> None:
+    frame = end.framed(b'"' + b"x" * 1_000_000 + b'"')
+    assert 0 < end.pulse.try_write(frame) < len(frame)
+    said = end.framed(*[ping(n) for n in range(200)])
+    end.say(said)
+    got: list[bytes] = []
+    while sum(map(len, got)) < len(said):
+        got.append(end.pulse.read())
+    assert b"".join(got) == said
+    assert len(got) < 20
 
 
 def test_a_ping_that_cannot_be_answered_now_is_pythons(end: End) -> None:
