@@ -16,11 +16,12 @@ from mlx.utils import tree_flatten  # pyright: ignore[reportUnknownVariableType]
 
 from mlx_sidecar.protocol.errors import GenerationFailed, InternalError, SidecarError
 
+from .chunks import chunks_for
 from .decode import Chosen, DecodeBatch
 from .device import DeviceLost, device_works, is_out_of_memory
 from .footprint import footprint
-from .pace import LEAST_TOKENS, Pace
-from .prefill import CUDA_SHAPES, Prefill, next_together
+from .pace import LEAST_TOKENS
+from .prefill import Prefill, next_together
 from .rows import plain_only
 from .self_check import SharingCheck, fastest_step
 from .sequence import BatchReport, Emission, FinishReason, Sequence
@@ -32,9 +33,6 @@ _CHANGE_THE_REQUEST = "Change the request; if others fail in the same way, the m
 _NO_MEMORY = "the device had no memory left, even with nothing beside it"
 _ASK_FOR_LESS = "Shorten the prompt, unload a model, or give the sidecar a smaller memory budget"
 
-_ROWS_ON_CPU = 8
-"""Prompts of one chunk's length that go through a CPU together: each further one saves less."""
-
 
 class ModelBatch:
     """Runs sequences of one model; see `Batch`. Inference thread only."""
@@ -45,15 +43,8 @@ class ModelBatch:
         self.prefilled = 0
         self._step, self.why_not_compiled = fastest_step(model)
         self._plain = plain_only(model)
-        self._on_cpu = mx.default_device().type == mx.DeviceType.cpu
-        self.prefill_shapes: tuple[int, ...] = ()
-        if self._plain and mx.cuda.is_available():
-            self.prefill_shapes = _shapes(prefill_chunk_tokens)
-        self.pace = (
-            Pace(prefill_chunk_tokens, 2.0, passes=0)
-            if self.prefill_shapes
-            else Pace(prefill_chunk_tokens, passes=0 if self._on_cpu else 1)
-        )
+        self.chunks = chunks_for(prefill_chunk_tokens, plain=self._plain)
+        self.pace = self.chunks.pace()
         self._live: set[Sequence] = set()
         self._suspects: set[Sequence] = set()
         self._waiting: deque[Sequence] = deque()
@@ -67,8 +58,7 @@ class ModelBatch:
         weights_bytes = sum(array.nbytes for _, array in _arrays(model))
         # Another batch would be another pass over the weights. Padding is dearer than that: it is masked.
         self._most_padding = weights_bytes // 4
-        self._most_together = prefill_chunk_tokens * (_ROWS_ON_CPU if self._on_cpu else 1)
-        self.footprint = footprint(model, weights_bytes, self._most_together, self._most_padding)
+        self.footprint = footprint(model, weights_bytes, self.chunks.most_together, self._most_padding)
 
     def __len__(self) -> int:
         return len(self._live)
@@ -100,9 +90,7 @@ class ModelBatch:
         """
         began = time.monotonic()
         self._settle()
-        if self._on_cpu:
-            # Here MLX computes most of what it is handed before it returns: no chunk runs behind a decode
-            # step. So the chunk comes first, and whoever is through with a prompt has a part in the step.
+        if self.chunks.come_first:
             self.prefilled = self._prefill()
             decoding = self._decode()
         else:
@@ -230,13 +218,13 @@ class ModelBatch:
         if len(self._waiting) > 1:
             self._check_sharing()
         together = self._plain and self._why_alone is None and self._waiting[0] not in self._suspects
-        most = self._most_together if together else 0
-        sequences = next_together(self._waiting, most, self._suspects, any_number=self._on_cpu)
-        cpu_length = self.prefill_chunk_tokens if self._on_cpu else 0
-        return Prefill(self.model, sequences, self.prefill_shapes, cpu_length)
+        most = self.chunks.most_together if together else 0
+        any_number = not self.chunks.shapes
+        sequences = next_together(self._waiting, most, self._suspects, any_number=any_number)
+        return Prefill(self.model, sequences, self.chunks)
 
     def _read(self, batch: DecodeBatch) -> None:
-        for chosen in batch.read(last=self._on_cpu and self._urgent(batch)):
+        for chosen in batch.read(last=self.chunks.come_first and self._urgent(batch)):
             if chosen.sequence in self._live:
                 self._take(chosen)
 
@@ -319,10 +307,6 @@ class ModelBatch:
 def _dispatch(batch: DecodeBatch) -> None:
     batch.arrange()
     batch.dispatch()
-
-
-def _shapes(most: int) -> tuple[int, ...]:
-    return tuple(shape for shape in CUDA_SHAPES if shape <= most) or CUDA_SHAPES[:1]
 
 
 def _arrays(model: Any) -> list[tuple[str, mx.array]]:

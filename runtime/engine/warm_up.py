@@ -10,6 +10,7 @@ import time
 import mlx.core as mx
 
 from .device import memory_bytes
+from .log_probs import MOST
 from .model_batch import ModelBatch
 from .rows import Rows
 from .sequence import Sampling, Sequence
@@ -36,7 +37,7 @@ def warm_up(batch: ModelBatch, device: str) -> float:
     """
     began = time.monotonic()
     if device != "cpu":
-        if batch.prefill_shapes:
+        if batch.chunks.shapes:
             _plan(batch)
         for length in (*_LENGTHS, batch.prefill_chunk_tokens):
             _run(batch, [_sequence(length, Sampling())])
@@ -44,6 +45,7 @@ def warm_up(batch: ModelBatch, device: str) -> float:
             _run(batch, [_sequence(2, sampling)])
             _run(batch, [_sequence(length, sampling) for length in _LENGTHS])
         _run(batch, [_sequence(2, sampling) for sampling in _SAMPLINGS])
+        _run(batch, [_sequence(length, Sampling(), log_probs=MOST) for length in _LENGTHS])
         for rows in _ROWS:
             _run(batch, [_sequence(_LENGTHS[1], Sampling()) for _ in range(rows)])
         # What has been measured is mostly the time of compilers.
@@ -55,8 +57,8 @@ def _plan(batch: ModelBatch) -> None:
     rows = Rows(batch.model)
     # Caches are copied as they grow; where there is little room they are not made to.
     room = (memory_bytes() - batch.footprint.weights) // (4 * batch.footprint.kv_per_token)
-    for depth in range(0, min(_DEPTH, room), batch.prefill_shapes[-1]):
-        for shape in batch.prefill_shapes:
+    for depth in range(0, min(_DEPTH, room), batch.chunks.shapes[-1]):
+        for shape in batch.chunks.shapes:
             rows.end_at([depth])
             batch.model(mx.zeros((1, shape), mx.int32), cache=rows.layers)
             mx.eval(rows.arrays())
@@ -69,5 +71,6 @@ def _run(batch: ModelBatch, sequences: list[Sequence]) -> None:
         batch.step()
 
 
-def _sequence(length: int, sampling: Sampling) -> Sequence:
-    return Sequence("", [0] * length, _TOKENS, sampling, frozenset(), lambda _: None)
+def _sequence(length: int, sampling: Sampling, log_probs: int | None = None) -> Sequence:
+    tokens = [0] * length
+    return Sequence("", tokens, _TOKENS, sampling, frozenset(), lambda _: None, log_probs=log_probs)

@@ -20,7 +20,8 @@ def make_batch(module: Any, prefill_chunk_tokens: int, prefill_shapes: tuple[int
     from mlx_sidecar.runtime.engine.model_batch import ModelBatch
 
     batch = ModelBatch(module, prefill_chunk_tokens=prefill_chunk_tokens)
-    batch.prefill_shapes = prefill_shapes or batch.prefill_shapes
+    if prefill_shapes:
+        batch.chunks = batch.chunks._replace(shapes=prefill_shapes)
     return batch
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from support.reference import alone
 from support.tiny_networks import tiny_network
 
+from mlx_sidecar.runtime.engine.chunks import Chunks
 from mlx_sidecar.runtime.engine.compiled_step import CompiledStep, PlainStep
 from mlx_sidecar.runtime.engine.decode import DecodeBatch
 from mlx_sidecar.runtime.engine.prefill import Prefill
@@ -31,7 +32,7 @@ class Choosy(PlainStep):
 def begin(step: PlainStep, prompt: tuple[int, ...], max_tokens: int) -> DecodeBatch:
     network = tiny_network("llama")
     sequence = Sequence("m", list(prompt), max_tokens, Sampling(), frozenset(), lambda _: None)
-    prefill = Prefill(network, [sequence])
+    prefill = Prefill(network, [sequence], Chunks(64))
     prefill.advance(1000)
     return DecodeBatch(step, [sequence], prefill.finish())
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_networks import tiny_network
 
+from mlx_sidecar.runtime.engine.chunks import Chunks
 from mlx_sidecar.runtime.engine.prefill import Prefill, next_together
 from mlx_sidecar.runtime.engine.sequence import Sampling, Sequence
 
@@ -47,7 +48,7 @@ def test_chunks_of_given_shapes_go_through_as_many_layers_as_there_is_time_for(
     budget: int, length: int, rows: int
 ) -> None:
     network: Any = tiny_network("llama")
-    prefill = Prefill(network, [of_length(length) for _ in range(rows)], SHAPES)
+    prefill = Prefill(network, [of_length(length) for _ in range(rows)], Chunks(128, shapes=SHAPES))
     worth, chunk = list[int](), 0
     while left := prefill.remaining:
         worth.append(prefill.advance(budget))
@@ -60,12 +61,14 @@ def test_chunks_of_given_shapes_go_through_as_many_layers_as_there_is_time_for(
     assert sum(worth) >= rows * (length - 1)
 
 
-@pytest.mark.parametrize(("shapes", "cpu_length"), [((), 0), (SHAPES, 0), ((), 32)])
+@pytest.mark.parametrize(
+    "chunks",
+    [Chunks(16), Chunks(128, shapes=SHAPES), Chunks(32, 32), Chunks(32, 32, halved=True)],
+    ids=["as there is time", "shapes", "one length", "halves"],
+)
 @pytest.mark.parametrize("lengths", [(70,), (40, 40), (33, 61, 50, 64)])
-def test_caches_hold_each_prompt_and_end_together(
-    lengths: tuple[int, ...], shapes: tuple[int, ...], cpu_length: int
-) -> None:
-    prefill = Prefill(tiny_network("llama"), [of_length(length) for length in lengths], shapes, cpu_length)
+def test_caches_hold_each_prompt_and_end_together(lengths: tuple[int, ...], chunks: Chunks) -> None:
+    prefill = Prefill(tiny_network("llama"), [of_length(length) for length in lengths], chunks)
     while prefill.remaining:
         prefill.advance(16 * len(lengths))
     rows: Any = prefill.finish()
