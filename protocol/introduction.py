@@ -31,7 +31,8 @@ document is [protocol/openrpc.json](../protocol/openrpc.json), printed by `mlx-s
 | `serve --listen-fds` | clients connect to a socket that systemd or its like passed on | any number |
 
 A sidecar that listens makes its socket in a folder of mode 0700, admits only its own user and root, and lets
-all connections share its models. Once clients may come, it writes one line to stdout and closes it:
+all connections share its models. There are at most 256 connections at a time: one more is closed at once, and
+nothing is said on it. Once clients may come, the sidecar writes one line to stdout and closes it:
 `{"event":"listening","path":PATH}`. Logs always go to stderr.
 
 ## Frames
@@ -80,6 +81,9 @@ request. The server never sends a batch of its own accord.
 | 71 | out of memory | yes |
 | 75 | a live sidecar serves that socket already | no |
 | 128 + n | ended by signal n | yes |
+
+A host that closes stdin and stops reading as well, as one that dies does, sees 0 or 1: it is 1 if a write to
+it fails before its end is noticed. Answers that it leaves unread, with its end still open, make no 0 a 1.
 
 ## Streams
 

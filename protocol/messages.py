@@ -29,7 +29,11 @@ FinishReason = Annotated[
 ]
 EngineState = Annotated[
     Literal["starting", "ready", "failed", "stopping"],
-    Meta(title="EngineState", description="`starting` until MLX runs; `failed` if it cannot run here."),
+    Meta(
+        title="EngineState",
+        description="`starting` until MLX runs; `failed` if it cannot run here, or can no longer; `stopping` "
+        "when all that could be has been answered and the process is about to end.",
+    ),
 ]
 ModelState = Annotated[
     Literal["loading", "ready", "unloading", "unloaded"],

@@ -165,7 +165,8 @@ class Generation:
         else:
             self._text_bytes += len(piece.text.encode())
             part = m.GenerateProgress(seq=self._seq, text=piece.text, tokens=piece.tokens)
-            part.log_probs = self._take_log_probs(len(piece.tokens))
+            if self._log_probs is not None:
+                part.log_probs = self._take_log_probs(len(piece.tokens))
             self._give(part)
 
     def _take_log_probs(self, count: int) -> list[m.TokenLogProbs] | UnsetType:

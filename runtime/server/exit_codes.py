@@ -4,7 +4,7 @@ Besides these: 128+n after signal n.
 """
 
 CLEAN = 0
-"""`shutdown` then `exit`, or the end of stdin, with nothing lost."""
+"""`shutdown` then `exit`, or the end of stdin."""
 
 BROKEN_OFF = 1
 """`exit` without `shutdown`, a host that stopped reading, or LSP headers that cannot be followed."""

@@ -84,8 +84,10 @@ class Stream:
 
 
 def _cost(part: GenerateProgress, text_bytes: int) -> int:
-    told = () if isinstance(part.log_probs, UnsetType) else part.log_probs
-    return text_bytes + _PART_BYTES + _LOG_PROB_BYTES * sum(1 + len(of_token.top) for of_token in told)
+    cost = text_bytes + _PART_BYTES
+    if not isinstance(part.log_probs, UnsetType):
+        cost += _LOG_PROB_BYTES * sum(1 + len(of_token.top) for of_token in part.log_probs)
+    return cost
 
 
 def _merged(parts: list[GenerateProgress]) -> GenerateProgress:

@@ -1,11 +1,13 @@
 """What every foreign client is asked, and what our own plain driver got for the same."""
 
 import json
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from support.recording import recorded
 from support.tiny_model import END, make_tiny_model, make_tokenizer
-from support.wire import COMMAND, Json, Wire
+from support.wire import Json, Wire
 
 SEPARATORS = "line\u2028paragraph\u2029next\u0085end"
 
@@ -28,7 +30,6 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Json:
         wire.result("load", model=str(model))
         answer = wire.result("generate", **finite)
     return {
-        "command": COMMAND,
         "model": str(model),
         "finite": finite,
         "answer": {"text": answer["text"], "tokens": answer["tokens"]},
@@ -37,6 +38,13 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Json:
         "detokenize": {"model": str(model), "tokens": tokenizer.encode(SEPARATORS).ids},
         "detokenized": SEPARATORS,
     }
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Generator[str]:
+    """The sidecar, as a program. When the test is over all that it said is held up to the schema."""
+    with recorded(tmp_path / "recorded") as program:
+        yield program
 
 
 def _give_room(model: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from mcp.client.stdio import StdioServerParameters, stdio_client
 from mcp.shared.message import SessionMessage
 from mcp_types import JSONRPCError, JSONRPCNotification, JSONRPCRequest, JSONRPCResponse
-from support.wire import COMMAND, PATIENCE_SECONDS, Json
+from support.wire import PATIENCE_SECONDS, Json
 
 from .streams import assert_cancelled, assert_streamed
 
@@ -59,8 +59,8 @@ class Host:
 
 
 @pytest.mark.anyio
-async def test_mcp_streams_cancels_and_ends_the_sidecar(case: Json, tmp_path: Path) -> None:
-    parameters = StdioServerParameters(command=COMMAND, args=["serve"])
+async def test_mcp_streams_cancels_and_ends_the_sidecar(case: Json, command: str, tmp_path: Path) -> None:
+    parameters = StdioServerParameters(command=command, args=["serve"])
     with (tmp_path / "log").open("w") as log, anyio.fail_after(PATIENCE_SECONDS):
         async with stdio_client(parameters, log) as (received, sent):
             process_id = await _converse(Host(received, sent), case)

@@ -15,14 +15,14 @@ PATIENCE_SECONDS = 110
 
 
 @pytest.mark.parametrize("file", sorted(NODE.glob("*.test.mjs")), ids=lambda file: file.name)
-def test_a_client_from_npm_drives_the_sidecar(file: Path, case: Json, tmp_path: Path) -> None:
+def test_a_client_from_npm_drives_the_sidecar(file: Path, case: Json, command: str, tmp_path: Path) -> None:
     assert (NODE / "node_modules").is_dir(), f"run: npm ci --prefix {NODE}"
     log = tmp_path / "log"
     with (
         log.open("w") as output,
         subprocess.Popen(
             ["node", "--test-reporter=spec", file],
-            env=os.environ | {"SIDECAR_CASE": json.dumps(case)},
+            env=os.environ | {"SIDECAR_CASE": json.dumps(case | {"command": command})},
             stdout=output,
             stderr=output,
             # Whatever it started ends with it, however it ends.

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pygls.client import JsonRPCClient
 from pygls.exceptions import JsonRpcException
-from support.wire import COMMAND, PATIENCE_SECONDS, Json
+from support.wire import PATIENCE_SECONDS, Json
 
 from .streams import assert_cancelled, assert_streamed
 
@@ -36,15 +36,15 @@ class Host(JsonRPCClient):
         self.complaints.append(error)
 
 
-def test_pygls_streams_cancels_and_ends_the_sidecar(case: Json) -> None:
-    asyncio.run(_converse(case))
+def test_pygls_streams_cancels_and_ends_the_sidecar(case: Json, command: str) -> None:
+    asyncio.run(_converse(case, command))
 
 
-async def _converse(case: Json) -> None:
+async def _converse(case: Json, command: str) -> None:
     host = Host()
     call = host.protocol.send_request_async
     async with asyncio.timeout(PATIENCE_SECONDS):
-        await host.start_io(COMMAND, "serve")
+        await host.start_io(command, "serve")
         assert (await call("initialize", {"protocolVersion": 1})).serverInfo.name == "mlx-sidecar"
         assert (await call("load", {"model": case["model"]})).state == "ready"
 

@@ -13,7 +13,7 @@ import pytest
 from pylsp_jsonrpc.endpoint import Endpoint
 from pylsp_jsonrpc.exceptions import JsonRpcException
 from pylsp_jsonrpc.streams import JsonRpcStreamReader, JsonRpcStreamWriter
-from support.wire import COMMAND, PATIENCE_SECONDS, Json
+from support.wire import PATIENCE_SECONDS, Json
 
 from .streams import assert_cancelled, assert_streamed
 
@@ -21,8 +21,8 @@ from .streams import assert_cancelled, assert_streamed
 class Host:
     """A sidecar, and the library at the other end of its pipes."""
 
-    def __init__(self) -> None:
-        self.process = subprocess.Popen([COMMAND, "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    def __init__(self, command: str) -> None:
+        self.process = subprocess.Popen([command, "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.progress: queue.Queue[Json] = queue.Queue()
         self.last_id = 0
         # The library has no types.
@@ -52,8 +52,8 @@ class Host:
 
 
 @pytest.fixture
-def host() -> Generator[Host]:
-    host = Host()
+def host(command: str) -> Generator[Host]:
+    host = Host(command)
     try:
         yield host
     finally:

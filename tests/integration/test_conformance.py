@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from support.checked_target import CheckedTarget
 from support.tiny_model import make_tiny_model
 from support.toy_model import MODEL as TOY_MODEL
 from support.wire import COMMAND, Listening
@@ -152,7 +153,7 @@ def failing() -> Generator[Failing]:
 
 
 def run(target: ProcessTarget | SocketTarget, model: str, variant: Variant) -> set[str]:
-    outcomes = Runner(target, model, PATIENCE_SECONDS).run(TRANSCRIPTS, [variant])
+    outcomes = Runner(CheckedTarget(target), model, PATIENCE_SECONDS).run(TRANSCRIPTS, [variant])
     if details := failures(outcomes):
         pytest.fail(details, pytrace=False)
     skipped = {outcome.skipped for outcome in outcomes if outcome.skipped is not None}

@@ -115,6 +115,30 @@ def test_who_asks_without_reading_is_not_read_from_and_loses_nothing(
         assert greedy.result("ping")["state"] == "ready"
 
 
+def test_streams_that_nobody_reads_end_with_slow_consumer_behind_parts_that_are_complete(
+    reader: Guest, deaf: Guest, roomy: str
+) -> None:
+    limit = reader.result("server/info")["limits"]["maxUnsentBytes"]
+    failed = reader.result("stats")["requests"]["failed"]
+    asked = FINITE | {"maxTokens": 10**6}
+    # They share one sequence, so with every step a hundred parts more are waiting.
+    names = [f"s{n}" for n in range(200)]
+    deaf.write(lines(*(generation(name, roomy, **asked, partialResultToken=name) for name in names)))
+    reader.stats_when(lambda stats: stats["requests"]["failed"] == failed + len(names))
+
+    told = {"kind": "slow_consumer", "retryable": True, "maxUnsentBytes": limit}
+    assert all(deaf.response(name)["error"]["data"] == told for name in names)
+    streams = [deaf.progress(name) for name in names]
+    tokens = [[token for part in parts for token in part["tokens"]] for parts in streams]
+    assert sum(map(len, tokens)) * 1000 > limit, "what had waited has come"
+    whole = reader.result("generate", model=roomy, **asked | {"maxTokens": max(map(len, tokens))})
+    for parts, said in zip(streams, tokens, strict=True):
+        assert said == whole["tokens"][: len(said)]
+        assert whole["text"].startswith(text_of(parts))
+        assert parts[-1]["seq"] == sum(part.get("merged", 1) for part in parts)
+    assert deaf.result("generate", model=roomy, **FINITE)["finishReason"] == "length"
+
+
 def test_more_requests_than_may_be_in_flight_are_overloaded_and_the_others_go_on(
     listening_server: Listening, reader: Guest, roomy: str
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.recording import check
 from support.wire import COMMAND
 
 from mlx_sidecar.protocol.framing import FrameReader, Framing
@@ -23,9 +24,10 @@ def talk(framing: Framing, pieces: list[bytes]) -> tuple[list[Any], int]:
         for piece in pieces:
             os.write(it.stdin.fileno(), piece)
         it.stdin.close()
-        said = it.stdout.read()
-        reader = FrameReader(framing)
-        frames = [*reader.feed(said), *reader.close()]
+        heard = it.stdout.read()
+    check(b"".join(pieces), heard)
+    reader = FrameReader(framing)
+    frames = [*reader.feed(heard), *reader.close()]
     return [json.loads(frame) for frame in frames if isinstance(frame, bytes)], it.returncode
 
 

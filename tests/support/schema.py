@@ -108,28 +108,38 @@ class Conversation:
     """Remembers what one client has asked, so that every answer is checked against its question."""
 
     def __init__(self) -> None:
-        self._methods: dict[int | str, str] = {}
-        self._ambiguous: set[int | str] = set()
+        self._asked: dict[int | str, list[str]] = {}
 
     def said(self, data: bytes) -> None:
         """Note the requests in what a client writes, as far as they are whole lines of JSON."""
-        for line in data.splitlines():
-            with suppress(ValueError):
+        for line in data.split(b"\n"):
+            with suppress(ValueError, RecursionError):
                 self._note(json.loads(line))
 
     def heard(self, message: Any) -> None:
         """Check what the server says."""
-        known = {key: name for key, name in self._methods.items() if key not in self._ambiguous}
+        # An id that stands for two methods at once says nothing about either.
+        known = {key: methods[0] for key, methods in self._asked.items() if len({*methods}) == 1}
         frames().received(message, known)
+        for member in _members(message):
+            if "method" not in member and member["id"] in known:
+                self._answered(member["id"])
+
+    def _answered(self, request_id: int | str) -> None:
+        methods = self._asked[request_id]
+        methods.pop()
+        if not methods:
+            del self._asked[request_id]
 
     def _note(self, message: Any) -> None:
         match message:
             case list():
                 for member in cast(list[Any], message):
                     self._note(member)
+            case {"id": bool()}:
+                pass  # To Python it would be the id 0 or 1.
             case {"id": int() | str() as request_id, "method": str() as method}:
-                if self._methods.setdefault(request_id, method) != method:
-                    self._ambiguous.add(request_id)
+                self._asked.setdefault(request_id, []).append(method)
             case _:
                 pass
 

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_sidecar.config.settings import Settings
 from mlx_sidecar.protocol import openrpc, reference
 from mlx_sidecar.protocol.framing import MAX_INBOUND_FRAME_BYTES, MAX_OUTBOUND_FRAME_BYTES
 from mlx_sidecar.protocol.jsonrpc import MAX_BATCH_MEMBERS
@@ -84,5 +85,6 @@ def test_the_numbers_of_the_introduction_are_those_of_the_code() -> None:
     assert f"may be {MAX_INBOUND_FRAME_BYTES >> 20} MiB long" in PAGE
     assert f"never longer than {MAX_OUTBOUND_FRAME_BYTES >> 20} MiB" in PAGE
     assert f"at most {MAX_BATCH_MEMBERS} messages" in PAGE
+    assert f"at most {Settings(home=Path()).max_connections} connections" in PAGE
     codes = {value for value in vars(exit_codes).values() if isinstance(value, int)}
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", PAGE, re.MULTILINE)} == codes

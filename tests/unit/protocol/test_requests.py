@@ -25,6 +25,7 @@ def wrong_path(method: str, params: str) -> str:
     return caught.value.path
 
 
+# A few. The real process gets every way to break JSON's grammar, from tests/conformance/transcripts/json.
 @pytest.mark.parametrize(
     "frame",
     [

@@ -139,7 +139,19 @@ def test_an_answer_is_checked_against_its_question() -> None:
         conversation.heard(result(1, {}))
 
 
-def test_an_id_that_was_used_for_two_methods_says_nothing_about_the_answer() -> None:
+def test_an_id_may_come_again_for_another_method() -> None:
+    conversation = Conversation()
+    conversation.said(b'{"id":1,"method":"ping"}\n{"id":1,"method":"ping"}')
+    conversation.heard(error(1, -32600, "duplicate_id", id=1))
+    with pytest.raises(AssertionError, match="'state' is a required property"):
+        conversation.heard(result(1, {}))
+    conversation.heard(result(1, {"state": "ready", "uptimeMs": 1, "inFlight": 0, "lastStepAgeMs": None}))
+    conversation.said(b'{"id":1,"method":"models"}')
+    with pytest.raises(AssertionError, match="'models' is a required property"):
+        conversation.heard(result(1, {}))
+
+
+def test_an_id_that_stands_for_two_methods_says_nothing_about_the_answer() -> None:
     conversation = Conversation()
     conversation.said(b'{"id":1,"method":"ping"}\n{"id":1,"method":"shutdown"}')
     conversation.heard(result(1, None))

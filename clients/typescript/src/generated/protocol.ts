@@ -58,7 +58,10 @@ export interface DetokenizeResult {
 /** `auto` is `stored`, except where that is far slower. */
 export type DtypeRequest = "auto" | "bfloat16" | "float16" | "float32" | "stored";
 
-/** `starting` until MLX runs; `failed` if it cannot run here. */
+/**
+ * `starting` until MLX runs; `failed` if it cannot run here, or can no longer; `stopping` when all that
+ * could be has been answered and the process is about to end.
+ */
 export type EngineState = "failed" | "ready" | "starting" | "stopping";
 
 /**
