@@ -80,7 +80,7 @@ def _add_engine_limits(serve: argparse.ArgumentParser) -> None:
         type=_count,
         metavar="N",
         default=_DEFAULTS.max_sequences,
-        help="sequences of a model that run at the same time (default: %(default)s)",
+        help="sequences of a model that run at the same time (default: 256, on a CPU 64)",
     )
     serve.add_argument(
         "--max-waiting",

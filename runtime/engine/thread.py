@@ -48,6 +48,9 @@ log = logging.getLogger("engine")
 _MEMORY_SECONDS = 0.1
 """How old the figures of MLX's allocator may be while there is work."""
 
+_MOST_SEQUENCES, _MOST_SEQUENCES_ON_CPU = 256, 64
+"""Of one model, decoded together, unless the settings say otherwise."""
+
 _REST_SECONDS = 0.25
 """After so long without work models are made ready for company; who has just loaded one may ask at once."""
 
@@ -84,6 +87,7 @@ class InferenceThread:
         self._started: Future[Device] = Future()
         # Running, so that one waiter who gives up cannot cancel it for the others.
         self._started.set_running_or_notify_cancel()
+        self._most_sequences = _MOST_SEQUENCES
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self.steps = 0
         self.memory = MemoryUse()
@@ -128,7 +132,7 @@ class InferenceThread:
         self._admission.open(
             model,
             batch.footprint,
-            most_rows=self._settings.max_sequences,
+            most_rows=self._settings.max_sequences or self._most_sequences,
             chunk_tokens=batch.prefill_chunk_tokens,
         )
         # Beside one more model there may be no room for some who wait, ever.
@@ -193,6 +197,7 @@ class InferenceThread:
     def _run(self) -> None:
         try:
             device = start_mlx(self._blas)
+            self._most_sequences = _MOST_SEQUENCES_ON_CPU if device.kind == "cpu" else _MOST_SEQUENCES
             self._admission = self._new_admission()
         except BaseException as error:
             log.exception("MLX could not be started")

@@ -212,7 +212,7 @@ def test_a_thread_that_cannot_go_on_says_so_and_fails_every_sequence() -> None:
 
 def test_more_sequences_than_rows_wait_their_turn_and_the_line_says_when_it_is_full(bench: Bench) -> None:
     bench.attach("m", ScriptedBatch())
-    running = [bench.submit("m", 10**9) for _ in range(SETTINGS.max_sequences)]
+    running = [bench.submit("m", 10**9) for _ in range(SETTINGS.max_sequences or 0)]
     waiting = [bench.submit("m", 1) for _ in range(SETTINGS.max_waiting)]
     bench.engine.run(lambda: None).result(10)
     bench.engine.run(lambda: None).result(10)
