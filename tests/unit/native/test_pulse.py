@@ -707,7 +707,9 @@ def test_descriptors_and_threads_are_given_back() -> None:
             end.ask(ping())
     for _ in range(20):
         make_without_stopping(pulses)
-    assert held() == before
+    descriptors, threads = held()
+    # A thread of some test before may have been on its way out when they were counted.
+    assert (descriptors, max(threads, before[1])) == before
 
 
 def test_a_file_is_read_to_its_end(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +127,7 @@ def test_connections_to_a_socket_are_recorded(socket_path: Path, tmp_path: Path)
                 converse(client)
             assert process.wait(60) == 7
 
-    command = server(OVER_A_SOCKET, Framing.NDJSON.wrap(answer(BAD)))
-    with (
-        pytest.raises(AssertionError, match="'tired' is not one of"),
-        recorded(tmp_path / "r", command) as program,
-    ):
+    with wrong_answer(tmp_path / "r", OVER_A_SOCKET) as program:
         converse_with(program)
 
 
@@ -144,12 +142,16 @@ def test_a_connection_to_a_listening_host_is_recorded(socket_path: Path, tmp_pat
                     converse(client)
                 assert process.wait(60) == 7
 
-    command = server(OVER_A_PIPE, Framing.NDJSON.wrap(answer(BAD)))
-    with (
-        pytest.raises(AssertionError, match="'tired' is not one of"),
-        recorded(tmp_path / "r", command) as program,
-    ):
+    with wrong_answer(tmp_path / "r", OVER_A_PIPE) as program:
         converse_with(program)
+
+
+@contextmanager
+def wrong_answer(folder: Path, script: str) -> Generator[str]:
+    """Yield a program that runs `script` with a wrong answer; the recording must tell."""
+    command = server(script, Framing.NDJSON.wrap(answer(BAD)))
+    with pytest.raises(AssertionError, match="'tired' is not one of"), recorded(folder, command) as program:
+        yield program
 
 
 def converse(client: socket.socket) -> None:
