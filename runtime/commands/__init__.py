@@ -1,4 +1,5 @@
-"""Lives here: the commands of `mlx-sidecar`, a module for each family: its arguments, and what it prints.
+"""The commands of `mlx-sidecar`: one small module per family, its arguments and what it prints.
 
-Does not live here: what the commands do, which is in the rooms they call, nor what a client asks over the
-wire (api/). Nothing heavy is imported before the chosen command runs."""
+Lives here: command-line arguments, what a person or a script reads in answer, exit codes of commands.
+Does not live here: what the commands do, which is in the rooms they call; nothing heavy is imported before.
+"""
