@@ -22,7 +22,12 @@
     |-- DeadlineExceeded         1010   its `deadlineMs` passed first, or would have
     |-- OutOfMemory              1011   it could never fit into the memory there is
     |-- GenerationFailed         1012   one answer cannot go on; its neighbours do
-    `-- EngineFailed             1013   no answer can go on; the process ends
+    |-- EngineFailed             1013   no answer can go on; the process ends
+    |-- UnsafeModel              1014   its folder could run code, or leads out of itself
+    |-- AdapterNotLoaded         1015   the model has no adapter of that name now
+    |-- InvalidAdapter           1016   not an adapter that this model can use
+    |-- Unloaded                 1017   its model or adapter was taken away by force
+    `-- PullFailed               1018   the model could not be brought onto this machine
 
 Codes follow JSON-RPC 2.0 and LSP where those define one; application errors are positive. A message says
 what happened, whose fault it is and what to do. It never contains text of a library or a path of the
@@ -271,17 +276,26 @@ class DeadlineExceeded(SidecarError):
 
 
 class OutOfMemory(SidecarError):
-    """The request can never fit beside the models in memory. Ask for less, or unload a model."""
+    """It can never fit into the memory budget beside what must stay. Ask for less, or unload a model."""
 
     code, kind = 1011, "out_of_memory"
 
-    def __init__(self, needed_bytes: int, available_bytes: int) -> None:
-        super().__init__(
-            f"At its full length this request needs {needed_bytes} bytes of memory; beside the models there "
-            f"are {available_bytes}. Shorten the prompt, lower maxTokens, or unload a model.",
-            neededBytes=needed_bytes,
-            availableBytes=available_bytes,
-        )
+    def __init__(self, needed_bytes: int, available_bytes: int, *, model: str | None = None) -> None:
+        data: dict[str, object] = {"neededBytes": needed_bytes, "availableBytes": available_bytes}
+        if model is None:
+            super().__init__(
+                f"At its full length this request needs {needed_bytes} bytes of memory; beside the models "
+                f"there are {available_bytes}. Shorten the prompt, lower maxTokens, or unload a model.",
+                **data,
+            )
+        else:
+            super().__init__(
+                f"Model {model[:200]!r} needs {needed_bytes} bytes of memory; beside what must stay there "
+                f"are {available_bytes}. Unload or unpin another model, allow a larger budget, or take a "
+                "smaller model.",
+                model=model[:200],
+                **data,
+            )
 
 
 class GenerationFailed(SidecarError):
@@ -303,3 +317,64 @@ class EngineFailed(SidecarError):
             "The device failed, or has stood still for too long, and nothing can be generated any more. The "
             "sidecar ends now; start it again and send the request once more."
         )
+
+
+class UnsafeModel(SidecarError):
+    """The folder could run code of its own, or has files that lead out of it; it is not even looked into."""
+
+    code, kind = 1014, "unsafe_model"
+
+    def __init__(self, model: str, problem: str) -> None:
+        super().__init__(
+            f"Model {model[:200]!r} is not loaded: {problem}. Nothing of a model is ever run; use a version "
+            "without it.",
+            model=model[:200],
+        )
+
+
+class AdapterNotLoaded(SidecarError):
+    """The request names an adapter that its model does not have."""
+
+    code, kind = 1015, "adapter_not_loaded"
+
+    def __init__(self, model: str, adapter: str) -> None:
+        super().__init__(
+            f"Model {model[:200]!r} has no adapter {adapter!r}. Call 'loadAdapter' first.",
+            model=model[:200],
+            adapter=adapter,
+        )
+
+
+class InvalidAdapter(SidecarError):
+    """The folder is not an adapter that this model can use."""
+
+    code, kind = 1016, "invalid_adapter"
+
+    def __init__(self, model: str, adapter: str, problem: str) -> None:
+        super().__init__(
+            f"Adapter {adapter!r} cannot be used with model {model[:200]!r}: {problem}.",
+            model=model[:200],
+            adapter=adapter,
+        )
+
+
+class Unloaded(SidecarError):
+    """The model or adapter of this request was unloaded by force while it ran."""
+
+    code, kind = 1017, "unloaded"
+
+    def __init__(self, model: str, adapter: str | None = None) -> None:
+        what = f"Model {model[:200]!r}" if adapter is None else f"Adapter {adapter!r}"
+        data = {"model": model[:200]} | ({} if adapter is None else {"adapter": adapter})
+        super().__init__(
+            f"{what} was unloaded by force, and this request ended with it. Load it again to go on.", **data
+        )
+
+
+class PullFailed(SidecarError):
+    """The model could not be brought onto this machine; the message says why."""
+
+    code, kind = 1018, "pull_failed"
+
+    def __init__(self, model: str, problem: str) -> None:
+        super().__init__(f"Model {model[:200]!r} could not be pulled: {problem}.", model=model[:200])

@@ -10,6 +10,16 @@ from . import messages as m
 
 ErrorTypes = tuple[type[e.SidecarError], ...]
 
+_LOADING: ErrorTypes = (
+    e.ModelNotFound,
+    e.InvalidModel,
+    e.UnsafeModel,
+    e.OutOfMemory,
+    e.BackendUnavailable,
+    e.EngineFailed,
+)
+"""A model may have to be brought back into memory for any request that names it."""
+
 
 class Method(Struct, frozen=True):
     """A request method. `result` None means the answer is null; a `dict` is a document of its own schema.
@@ -72,11 +82,23 @@ METHODS = {
         ),
         Method(
             "load",
-            "Brings a model into memory, evaluates all of its weights and warms it up. A model that is there "
-            "already is answered at once.",
+            "Brings a model into memory, evaluates all of its weights and warms it up, while others go on. "
+            "Where there is no room idle models leave memory, or those in use once they are idle; they come "
+            "back when they are asked for. A model that is there already is answered at once.",
             m.LoadParams,
             m.LoadResult,
-            (e.ModelNotFound, e.InvalidModel, e.BackendUnavailable),
+            (*_LOADING, e.Unloaded),
+            progress=m.LoadProgress,
+        ),
+        Method(
+            "reload",
+            "Reads a loaded model anew, as its files are now, while the old one serves; then new requests go "
+            "to the new one, and the old one leaves memory when its last request has ended. If that fails, "
+            "the old one stays.",
+            m.ReloadParams,
+            m.LoadResult,
+            (*_LOADING, e.ModelNotLoaded, e.Unloaded),
+            progress=m.LoadProgress,
         ),
         Method(
             "unload",
@@ -85,7 +107,39 @@ METHODS = {
             m.UnloadResult,
             (e.ModelNotLoaded,),
         ),
-        Method("models", "Lists the models in memory, oldest first.", m.NoParams, m.ModelsResult),
+        Method(
+            "alias",
+            "Gives a loaded model another name, moves that to another model, or takes it away. Requests that "
+            "have come go on where they are.",
+            m.AliasParams,
+            m.AliasResult,
+            (e.ModelNotLoaded,),
+        ),
+        Method("models", "Lists the models that were loaded, oldest first.", m.NoParams, m.ModelsResult),
+        Method(
+            "pull",
+            "Brings a model onto this machine, as `mlx-sidecar pull` does. A cancel stops it; what has come "
+            "by then need not come again.",
+            m.PullParams,
+            m.PullResult,
+            (e.PullFailed,),
+            progress=m.PullProgress,
+        ),
+        Method(
+            "loadAdapter",
+            "Brings a LoRA adapter into memory beside a loaded model, which goes on. Requests choose it by "
+            "name; different ones run in one batch.",
+            m.LoadAdapterParams,
+            m.LoadAdapterResult,
+            (e.ModelNotLoaded, e.InvalidAdapter, e.UnsafeModel, e.OutOfMemory, e.Unsupported, e.EngineFailed),
+        ),
+        Method(
+            "unloadAdapter",
+            "Gives an adapter's memory back after its requests have ended; `force` ends them.",
+            m.UnloadAdapterParams,
+            m.UnloadAdapterResult,
+            (e.ModelNotLoaded, e.AdapterNotLoaded),
+        ),
         Method(
             "generate",
             "Answers a prompt: whole, or streamed as `$/progress` if the request has a `partialResultToken`. "
@@ -94,13 +148,14 @@ METHODS = {
             m.GenerateResult,
             (
                 e.ModelNotLoaded,
+                e.AdapterNotLoaded,
+                *_LOADING,
                 e.ContextOverflow,
                 e.Unsupported,
                 e.SlowConsumer,
                 e.DeadlineExceeded,
-                e.OutOfMemory,
                 e.GenerationFailed,
-                e.EngineFailed,
+                e.Unloaded,
             ),
             progress=m.GenerateProgress,
         ),
@@ -109,14 +164,14 @@ METHODS = {
             "Turns a text, or messages in the model's chat template, into ids.",
             m.TokenizeParams,
             m.TokenizeResult,
-            (e.ModelNotLoaded, e.Unsupported),
+            (e.ModelNotLoaded, *_LOADING, e.Unsupported),
         ),
         Method(
             "detokenize",
             "Turns ids into text.",
             m.DetokenizeParams,
             m.DetokenizeResult,
-            (e.ModelNotLoaded,),
+            (e.ModelNotLoaded, *_LOADING),
         ),
         Method(
             "stats",
@@ -162,7 +217,8 @@ CLIENT_NOTIFICATIONS = {
 SERVER_NOTIFICATIONS = {
     "$/progress": Notification(
         "$/progress",
-        "A part of a streamed answer. Each is sent before the answer's response, and none after it.",
+        "A part of a streamed answer, or how far a load or a pull is. Each is sent before the response, and "
+        "none after it.",
         m.ProgressParams,
     )
 }

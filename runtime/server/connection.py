@@ -14,7 +14,7 @@ from mlx_sidecar.protocol import messages as m
 from .intake import Incoming, as_sidecar_error
 from .outbox import MAX_UNSENT_BYTES, Item
 from .peer import Peer, PeerEvent
-from .stream import Stream
+from .stream import Part, Stream
 
 Handler = Callable[[Any, "Call"], Any]
 """Takes decoded params and the call; returns the result, or an awaitable of it."""
@@ -54,7 +54,7 @@ class Call:
         tokens.add(token)
         self.stream = Stream(token, lambda: self.on_overflow(errors.SlowConsumer(MAX_UNSENT_BYTES)))
 
-    def progress(self, part: m.GenerateProgress) -> None:
+    def progress(self, part: Part) -> None:
         """Send a part through the stream that was opened."""
         self.connection.send(self.stream, part)
 
@@ -116,7 +116,7 @@ class Connection:
         """Take note of what became of the peer."""
         self._on_event(self, event)
 
-    def send(self, stream: Stream | None, content: m.GenerateProgress | bytes) -> None:
+    def send(self, stream: Stream | None, content: Part | bytes) -> None:
         """Send a part or the response of a stream, or a control frame. One turn's go out together."""
         if not self._turn:
             self._loop.call_soon(self.flush)

@@ -11,10 +11,10 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from mlx_sidecar.protocol import jsonrpc
-from mlx_sidecar.protocol.messages import GenerateProgress, ProgressParams
+from mlx_sidecar.protocol.messages import ProgressParams
 
 from .channel import Channel
-from .stream import Stream
+from .stream import Part, Stream
 
 log = logging.getLogger("server")
 
@@ -24,7 +24,7 @@ MAX_UNSENT_BYTES = 16 * 1024 * 1024
 _WRITE_BYTES = 64 * 1024
 """Streams fill a write up to here, so that a control frame never waits behind more than this."""
 
-Item = tuple[Stream | None, GenerateProgress | bytes]
+Item = tuple[Stream | None, Part | bytes]
 """A part of a stream; or its response, which goes behind its parts; or, without a stream, a control frame"""
 
 
@@ -127,7 +127,7 @@ class Outbox:
             stream.response = frame
             self._queue(stream)
 
-    def _put_part(self, stream: Stream, part: GenerateProgress) -> bool:
+    def _put_part(self, stream: Stream, part: Part) -> bool:
         """Return whether there is room for more."""
         if stream.response is not None:
             return True  # A request that was torn down has been answered before its sequence has ended.

@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 from msgspec import UNSET, UnsetType
 
-from mlx_sidecar.protocol.messages import GenerateProgress, TokenLogProbs
+from mlx_sidecar.protocol.messages import GenerateProgress, LoadProgress, PullProgress, TokenLogProbs
+
+Part = GenerateProgress | LoadProgress | PullProgress
 
 _PART_BYTES = 320
 """What a part of one token costs in memory besides its text: objects, a string's head, a list, a number."""
@@ -32,13 +34,13 @@ class Stream:
         self.on_overflow = on_overflow
         self.response: bytes | None = None
         self.queued = False
-        self._parts: deque[tuple[GenerateProgress, int]] = deque()
+        self._parts: deque[tuple[Part, int]] = deque()
         self._unacked: deque[tuple[int, int]] = deque()
         self._unacked_bytes = 0
 
-    def add(self, part: GenerateProgress) -> int:
+    def add(self, part: Part) -> int:
         """Append a part; return what it costs until it is taken, in bytes."""
-        text_bytes = len(part.text) if part.text.isascii() else len(part.text.encode())
+        text_bytes = _text_bytes(part)
         self._parts.append((part, text_bytes))
         return _cost(part, text_bytes)
 
@@ -48,7 +50,7 @@ class Stream:
             return True
         return bool(self._parts) and (window is None or self._unacked_bytes < window)
 
-    def take(self, window: int | None) -> tuple[GenerateProgress | None, int]:
+    def take(self, window: int | None) -> tuple[Part | None, int]:
         """Return the next parts merged into one, and what they cost; None if there are none."""
         if not self._parts:
             return None, 0
@@ -56,7 +58,7 @@ class Stream:
         cost = _cost(part, size)
         if not self._parts:
             return self._sent(part, size, window), cost
-        parts = [part]
+        parts: list[Part] = [part]
         while self._parts and size < _FRAME_TEXT_BYTES and cost < _FRAME_COST and self._fits(window, size):
             part, text_bytes = self._parts.popleft()
             size += text_bytes
@@ -73,8 +75,8 @@ class Stream:
         while self._unacked and self._unacked[0][0] <= seq:
             self._unacked_bytes -= self._unacked.popleft()[1]
 
-    def _sent(self, part: GenerateProgress, text_bytes: int, window: int | None) -> GenerateProgress:
-        if window is not None:
+    def _sent(self, part: Part, text_bytes: int, window: int | None) -> Part:
+        if window is not None and text_bytes:
             self._unacked.append((part.seq, text_bytes))
             self._unacked_bytes += text_bytes
         return part
@@ -83,14 +85,26 @@ class Stream:
         return window is None or self.response is not None or self._unacked_bytes + more < window
 
 
-def _cost(part: GenerateProgress, text_bytes: int) -> int:
+def _text_bytes(part: Part) -> int:
+    if not isinstance(part, GenerateProgress):
+        return 0
+    return len(part.text) if part.text.isascii() else len(part.text.encode())
+
+
+def _cost(part: Part, text_bytes: int) -> int:
     cost = text_bytes + _PART_BYTES
-    if not isinstance(part.log_probs, UnsetType):
+    if isinstance(part, GenerateProgress) and not isinstance(part.log_probs, UnsetType):
         cost += _LOG_PROB_BYTES * sum(1 + len(of_token.top) for of_token in part.log_probs)
     return cost
 
 
-def _merged(parts: list[GenerateProgress]) -> GenerateProgress:
+def _merged(parts: list[Part]) -> Part:
+    answers = [part for part in parts if isinstance(part, GenerateProgress)]
+    # How far something is: the newest says it all.
+    return _merged_answers(answers) if answers else parts[-1]
+
+
+def _merged_answers(parts: list[GenerateProgress]) -> GenerateProgress:
     log_probs: list[TokenLogProbs] | UnsetType = UNSET
     if not isinstance(parts[0].log_probs, UnsetType):
         log_probs = [one for part in parts if part.log_probs for one in part.log_probs]

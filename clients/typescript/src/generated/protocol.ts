@@ -3,6 +3,28 @@
 /** The version that `initialize` agrees on. */
 export const PROTOCOL_VERSION = 1;
 
+/** An adapter that is loaded: its rank, the bytes it takes, and how many requests use it. */
+export interface AdapterInfo {
+  adapter: string;
+  rank: number;
+  bytes: number;
+  inUse: number;
+}
+
+/** `model` is the loaded model that `alias` stands for from now on; null takes the alias away. */
+export interface AliasParams {
+  /** Another name that requests may use for a model, and that can be moved to another one. */
+  alias: string;
+  model: string | null;
+}
+
+/** What the alias stands for now, and what it stood for before; null is nothing. */
+export interface AliasResult {
+  alias: string;
+  model: string | null;
+  previous: string | null;
+}
+
 /** Whether sequences of a model are decoded together. If not, they take turns, and `reason` says why. */
 export interface Batching {
   active: boolean;
@@ -130,6 +152,7 @@ export interface ErrorFrame {
 
 /** What went wrong. A newer server may know more of them. */
 export type ErrorKind =
+  | "adapter_not_loaded"
   | "backend_unavailable"
   | "cancelled"
   | "context_overflow"
@@ -138,6 +161,7 @@ export type ErrorKind =
   | "engine_failed"
   | "generation_failed"
   | "internal_error"
+  | "invalid_adapter"
   | "invalid_model"
   | "invalid_params"
   | "invalid_request"
@@ -148,9 +172,12 @@ export type ErrorKind =
   | "out_of_memory"
   | "overloaded"
   | "parse_error"
+  | "pull_failed"
   | "response_too_large"
   | "shutting_down"
   | "slow_consumer"
+  | "unloaded"
+  | "unsafe_model"
   | "unsupported";
 
 /** `message` is for people: what happened, whose fault it is, what to do. Programs read `data`. */
@@ -249,6 +276,8 @@ export interface GenerateParams {
   stopTokenIds?: number[];
   /** Whether to say how likely each token was, and how many of the likeliest to name with it. */
   logProbs?: number | null;
+  /** What requests call a LoRA adapter of a model. */
+  adapter?: string;
   /** @default "normal" */
   priority?: PriorityClass;
   /** From the request's arrival to the end of its answer; then it is `deadline_exceeded`. */
@@ -344,12 +373,52 @@ export interface Limits {
   maxUnsentBytes: number;
 }
 
-/** `model` is a name that `mlx-sidecar pull` brought, an absolute folder, or an id in the hub's cache. */
+/**
+ * `path` is the absolute path of a folder with a LoRA adapter, of mlx-lm or PEFT.
+ *
+ * `adapter` is the name that requests will use, and must not be loaded already.
+ */
+export interface LoadAdapterParams {
+  model: string;
+  /** What requests call a LoRA adapter of a model. */
+  adapter: string;
+  path: string;
+}
+
+/** The adapter is ready. `modules` counts the projections that it changes. */
+export interface LoadAdapterResult {
+  adapter: string;
+  rank: number;
+  bytes: number;
+  inUse: number;
+  model: string;
+  modules: number;
+  loadMs: number;
+}
+
+/**
+ * `model` is a name that `mlx-sidecar pull` brought, an absolute folder, or an id in the hub's cache.
+ *
+ * To a model that is loaded already `alias`, `pin` and `ttlMs` apply as to a new one. A model that has a
+ * `pin` is never evicted. `ttlMs` is the server's setting unless it is given.
+ */
 export interface LoadParams {
   model: string;
+  /** Branch, tag or commit of a hub model; the model is then called `model@revision`. */
+  revision?: string;
+  /** Another name that requests may use for a model, and that can be moved to another one. */
+  alias?: string;
   /** @default "auto" */
   dtype?: DtypeRequest;
+  pin?: boolean;
+  /** Unused for so long the model leaves memory, until it is asked for; null is never. */
+  ttlMs?: number | null;
+  /** Names a stream: a request that has one is answered by `$/progress` with it. */
+  partialResultToken?: number | string;
 }
+
+/** `queued` until it is its turn and there is room. */
+export type LoadPhase = "checking" | "queued" | "warmup" | "weights";
 
 /** Where the time of a load went, in milliseconds; `runtimeMs` is the wait for MLX itself to start. */
 export interface LoadPhases {
@@ -359,10 +428,26 @@ export interface LoadPhases {
 }
 
 /**
- * A model that is ready. `dtype` is the precision it runs in; `reason` says why, where that is not plain.
+ * `value` of `$/progress` for `load` and `reload`: how far it is. The newest replaces those before it.
  *
- * `parameters` counts its weights, `bytes` is the memory that they take, `vocabulary` counts its token
- * ids.
+ * `seq` counts from 1. Of the `weights` so many bytes and tensors are in memory; `remainingMs` is a guess
+ * by the pace so far.
+ */
+export interface LoadProgress {
+  seq: number;
+  phase: LoadPhase;
+  doneBytes: number;
+  totalBytes: number;
+  tensors: number;
+  totalTensors: number;
+  remainingMs?: number;
+}
+
+/**
+ * A model that is ready, under the name `model`.
+ *
+ * `dtype` is the precision it runs in; `reason` says why, where that is not plain. `parameters` counts its
+ * weights, `bytes` is the memory that they take, `vocabulary` counts its token ids.
  */
 export interface LoadResult {
   model: string;
@@ -379,11 +464,13 @@ export interface LoadResult {
 }
 
 /**
- * Of the process (by the operating system) and of MLX (by its allocator), in bytes.
+ * Of the process and the machine (by the operating system) and of MLX (by its allocator), in bytes.
  *
- * Requests are let in as long as `weightsBytes`, what the models take, and `reservedBytes`, what those
- * that were let in will take at their full length, stay within `budgetBytes`. All three are absent until
- * MLX has started.
+ * Whatever comes into memory is let in as long as all of this stays within `budgetBytes`: `weightsBytes`,
+ * what the models and adapters take, `loadingBytes`, what those that are being loaded will take, and
+ * `reservedBytes`, what the requests that were let in will take at their full length. MLX keeps unused
+ * buffers up to `cacheLimitBytes`, never more than nobody else has a claim on. `wiredLimitBytes` is what
+ * Metal keeps from being paged out; 0 is off. All of these are absent until MLX has started.
  */
 export interface MemoryStats {
   residentBytes: number;
@@ -391,9 +478,14 @@ export interface MemoryStats {
   mlxActiveBytes: number;
   mlxCacheBytes: number;
   mlxPeakBytes: number;
+  pressure: PressureStats;
+  availableBytes?: number;
   budgetBytes?: number;
   weightsBytes?: number;
+  loadingBytes?: number;
   reservedBytes?: number;
+  cacheLimitBytes?: number;
+  wiredLimitBytes?: number;
 }
 
 /** One turn of a chat. */
@@ -402,8 +494,20 @@ export interface Message {
   content: string;
 }
 
+/** Why the last load failed: the error that was answered, by its `kind`. */
+export interface ModelFailure {
+  kind: string;
+  message: string;
+}
+
 /**
- * One line of `models`; the numbers are absent until the model is ready. `inUse` counts its requests.
+ * One line of `models`. What is known once the model is ready is absent until then.
+ *
+ * `dtype` is the precision that it runs in, and `reason` why. `bytes` is what its weights take; `kvBytes`
+ * what the caches of its requests may grow to, `kvBytesPerToken` what each token adds, `prefillPeakBytes`
+ * what a step needs at most beyond both. `inUse` counts its requests now, `uses` all since it was first
+ * loaded, `loads` how often it came into memory, the last time in `loadMs`; it was last used `idleMs` ago.
+ * `failure` says why the last load failed.
  *
  * `batching` and `compiledSteps` stand in `stats` only; the first is about what has been tried so far.
  */
@@ -411,18 +515,36 @@ export interface ModelInfo {
   model: string;
   state: ModelState;
   inUse: number;
+  uses: number;
+  loads: number;
+  pinned: boolean;
+  aliases: string[];
+  adapters: AdapterInfo[];
+  ttlMs: number | null;
+  idleMs?: number;
   dtype?: string;
+  reason?: string;
   parameters?: number;
   contextLength?: number;
   bytes?: number;
+  kvBytes?: number;
+  kvBytesPerToken?: number;
+  prefillPeakBytes?: number;
+  loadMs?: number;
+  failure?: ModelFailure;
   batching?: Batching;
   compiledSteps?: CompiledSteps;
 }
 
-/** Requests for a model that is `loading` wait for it. */
-export type ModelState = "loading" | "ready" | "unloaded" | "unloading";
+/**
+ * `queued` waits for its turn or for room, `draining` for the end of its requests. `evicted` made room for
+ * another: the next request brings it back. Requests for a model that is `queued`, `loading`, `draining`
+ * or `evicted` wait for it, in order.
+ */
+export type ModelState =
+  "draining" | "evicted" | "failed" | "loading" | "queued" | "ready" | "unloaded" | "unloading";
 
-/** Models in memory, in the order they were loaded. */
+/** Models that were loaded, in that order, whether they are in memory now or not. */
 export interface ModelsResult {
   models: ModelInfo[];
 }
@@ -467,13 +589,79 @@ export interface PingResult {
   lastStepAgeMs: number | null;
 }
 
+/**
+ * Models brought back before they were asked for, by the pattern of the requests so far.
+ *
+ * A prediction is a hit if the request came while it was expected; `hitRate` is hits of all decided.
+ */
+export interface PredictionStats {
+  active: boolean;
+  predictions: number;
+  hits: number;
+  misses: number;
+  reason?: string;
+  hitRate?: number;
+}
+
+/**
+ * What is given up, in this order, while memory is short: caches, idle models, and then new requests are
+ * refused.
+ */
+export type PressureLevel = "caches" | "models" | "none" | "requests";
+
+/**
+ * What is given up now because memory is short, why, and how often each was since the start.
+ *
+ * `restored` counts how often the shortage has passed.
+ */
+export interface PressureStats {
+  level: PressureLevel;
+  caches: number;
+  models: number;
+  requests: number;
+  restored: number;
+  reason?: string;
+}
+
 /** Who goes first; one that is passed over for long rises. */
 export type PriorityClass = "critical" | "high" | "low" | "normal";
 
 /** `token` is the `partialResultToken` of the request that this belongs to. */
 export interface ProgressParams {
   token: number | string;
-  value: GenerateProgress;
+  value: GenerateProgress | LoadProgress | PullProgress;
+}
+
+/** `model` is a name that `mlx-sidecar list` knows, or an id of the hub. */
+export interface PullParams {
+  model: string;
+  /** Branch, tag or commit of a hub model; the model is then called `model@revision`. */
+  revision?: string;
+  /** Names a stream: a request that has one is answered by `$/progress` with it. */
+  partialResultToken?: number | string;
+}
+
+/** `importing` turns a file of another format into a model folder. */
+export type PullPhase = "checking" | "fetching" | "importing";
+
+/**
+ * `value` of `$/progress` for `pull`: how far it is. The newest replaces those before it.
+ *
+ * `seq` counts from 1; `remainingMs` is a guess by the pace so far.
+ */
+export interface PullProgress {
+  seq: number;
+  phase: PullPhase;
+  doneBytes: number;
+  totalBytes: number;
+  remainingMs?: number;
+}
+
+/** A model that is on this machine now and can be loaded. `bytes` is what its files take. */
+export interface PullResult {
+  model: string;
+  bytes: number;
+  revision?: string;
 }
 
 /** `answered` counts pings answered without Python; `overtook` those that overtook what came before. */
@@ -482,6 +670,13 @@ export interface PulseStats {
   reason?: string;
   answered?: number;
   overtook?: number;
+}
+
+/** `model` is the name or an alias of a loaded one. */
+export interface ReloadParams {
+  model: string;
+  /** Names a stream: a request that has one is answered by `$/progress` with it. */
+  partialResultToken?: number | string;
 }
 
 /** A call. It gets exactly one response, whatever happens to it. */
@@ -509,6 +704,18 @@ export interface RequestStats {
   shared: number;
   overloaded: number;
   deadlineExceeded: number;
+}
+
+/**
+ * Models in and out of memory since the start.
+ *
+ * `evicted` made room for others, `expired` were unused for their `ttlMs`, `broughtBack` came back because
+ * a request asked for them.
+ */
+export interface ResidencyStats {
+  evicted: number;
+  expired: number;
+  broughtBack: number;
 }
 
 /** The response to a call that succeeded. */
@@ -545,6 +752,8 @@ export interface StatsResult {
   tokens: TokenStats;
   engine: EngineStats;
   models: ModelInfo[];
+  residency: ResidencyStats;
+  prediction: PredictionStats;
   native: NativeStats;
 }
 
@@ -600,7 +809,26 @@ export interface TokenizeResult {
   tokens: number[];
 }
 
-/** `model` as it was named in `load`. Without `force` an unload waits for the model's requests. */
+/** Without `force` an unload waits for the requests that use the adapter; with it they end, `unloaded`. */
+export interface UnloadAdapterParams {
+  model: string;
+  /** What requests call a LoRA adapter of a model. */
+  adapter: string;
+  /** @default false */
+  force?: boolean;
+}
+
+/** The adapter's memory has been given back. */
+export interface UnloadAdapterResult {
+  model: string;
+  adapter: string;
+}
+
+/**
+ * `model` as it was named in `load`, or an alias. Without `force` an unload waits for its requests.
+ *
+ * With `force` they end with the error `unloaded`; so do those of an unload that waits already.
+ */
 export interface UnloadParams {
   model: string;
   /** @default false */
@@ -650,11 +878,21 @@ export interface Methods {
     result: Record<string, unknown>;
   };
   /**
-   * Brings a model into memory, evaluates all of its weights and warms it up. A model that is there already
-   * is answered at once.
+   * Brings a model into memory, evaluates all of its weights and warms it up, while others go on. Where
+   * there is no room idle models leave memory, or those in use once they are idle; they come back when they
+   * are asked for. A model that is there already is answered at once.
    */
   load: {
     params: LoadParams;
+    result: LoadResult;
+  };
+  /**
+   * Reads a loaded model anew, as its files are now, while the old one serves; then new requests go to the
+   * new one, and the old one leaves memory when its last request has ended. If that fails, the old one
+   * stays.
+   */
+  reload: {
+    params: ReloadParams;
     result: LoadResult;
   };
   /** Gives a model's memory back after its requests have ended; `force` ends them. */
@@ -662,10 +900,39 @@ export interface Methods {
     params: UnloadParams;
     result: UnloadResult;
   };
-  /** Lists the models in memory, oldest first. */
+  /**
+   * Gives a loaded model another name, moves that to another model, or takes it away. Requests that have
+   * come go on where they are.
+   */
+  alias: {
+    params: AliasParams;
+    result: AliasResult;
+  };
+  /** Lists the models that were loaded, oldest first. */
   models: {
     params: Record<string, never>;
     result: ModelsResult;
+  };
+  /**
+   * Brings a model onto this machine, as `mlx-sidecar pull` does. A cancel stops it; what has come by then
+   * need not come again.
+   */
+  pull: {
+    params: PullParams;
+    result: PullResult;
+  };
+  /**
+   * Brings a LoRA adapter into memory beside a loaded model, which goes on. Requests choose it by name;
+   * different ones run in one batch.
+   */
+  loadAdapter: {
+    params: LoadAdapterParams;
+    result: LoadAdapterResult;
+  };
+  /** Gives an adapter's memory back after its requests have ended; `force` ends them. */
+  unloadAdapter: {
+    params: UnloadAdapterParams;
+    result: UnloadAdapterResult;
   };
   /**
    * Answers a prompt: whole, or streamed as `$/progress` if the request has a `partialResultToken`. A cancel
@@ -715,6 +982,9 @@ export interface ClientNotifications {
 
 /** What the server sends: its params. */
 export interface ServerNotifications {
-  /** A part of a streamed answer. Each is sent before the answer's response, and none after it. */
+  /**
+   * A part of a streamed answer, or how far a load or a pull is. Each is sent before the response, and none
+   * after it.
+   */
   "$/progress": ProgressParams;
 }

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_sidecar.protocol import jsonrpc
-from mlx_sidecar.protocol.messages import Candidate, GenerateProgress, TokenLogProbs
+from mlx_sidecar.protocol.messages import Candidate, GenerateProgress, LoadProgress, TokenLogProbs
 from mlx_sidecar.runtime.server.stream import Stream
 
 RESPONSE = b"{}"
@@ -26,7 +26,7 @@ def part(seq: int, text: str = "x", top: int | None = None) -> GenerateProgress:
 
 def taken(stream: Stream, window: int | None = None) -> GenerateProgress:
     found, _ = stream.take(window)
-    assert found is not None
+    assert isinstance(found, GenerateProgress)
     return found
 
 
@@ -43,6 +43,19 @@ def test_parts_that_gathered_are_taken_as_one() -> None:
         stream.add(part(seq, text))
     assert taken(stream) == GenerateProgress(seq=3, text="one two", tokens=[1, 2, 3], merged=3)
     assert not stream.ready(None)
+
+
+def test_of_a_load_only_the_newest_progress_is_taken_and_no_window_holds_it_up() -> None:
+    stream = new_stream()
+    parts = [
+        LoadProgress(seq=n, phase="weights", done_bytes=n, total_bytes=9, tensors=n, total_tensors=9)
+        for n in range(1, 4)
+    ]
+    for part in parts:
+        stream.add(part)
+    assert stream.take(1)[0] is parts[-1]
+    stream.add(parts[0])
+    assert stream.ready(1)
 
 
 def test_the_response_comes_when_every_part_has_been_taken() -> None:
@@ -187,7 +200,7 @@ def test_nothing_is_lost_repeated_or_reordered_whatever_the_reader_does(
         if stream.ready(window):
             found, cost = stream.take(window)
             owed -= cost
-            if found is not None:
+            if isinstance(found, GenerateProgress):
                 heard.append(found)
 
     for step in steps:
