@@ -51,8 +51,36 @@ class Pages:
         peak_bytes = peak if sys.platform == "darwin" else peak * 1024
         return peak_bytes, peak_bytes
 
+    def available_memory(self) -> int | None:
+        """Return the bytes that the machine could give to somebody now; None where that is not known."""
+        try:
+            return _available_memory(sys.platform)
+        except (OSError, ValueError, StopIteration, AttributeError):
+            return None
+
     def report(self) -> PagesReport:
         """Return what is true now."""
         if _core is None:
             return PagesReport(active=False, reason="the native module was not built")
         return PagesReport(active=True, reason=None, queries=self._queries)
+
+
+def _available_memory(platform: str) -> int | None:
+    if platform == "linux":
+        with Path("/proc/meminfo").open(encoding="ascii") as file:
+            line = next(line for line in file if line.startswith("MemAvailable:"))
+        return int(line.split()[1]) * 1024
+    if platform == "darwin":
+        # What memory pressure is judged by there: the percentage that is free or can be made so.
+        level = _sysctl("kern.memorystatus_level", 4)
+        return _sysctl("hw.memsize", 8) * level // 100
+    return None
+
+
+def _sysctl(name: str, size: int) -> int:
+    import ctypes
+
+    value, length = ctypes.create_string_buffer(size), ctypes.c_size_t(size)
+    if ctypes.CDLL(None).sysctlbyname(name.encode(), value, ctypes.byref(length), None, 0) != 0:
+        raise OSError(name)
+    return int.from_bytes(value.raw, sys.byteorder)

@@ -34,7 +34,7 @@ what happened, whose fault it is and what to do. It never contains text of a lib
 server: those go to the log. Clients switch on `data.kind`, never on the message.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
@@ -245,7 +245,13 @@ class Overloaded(SidecarError):
 
     code, kind, retryable = 1009, "overloaded", True
 
-    def __init__(self, max_in_flight: int | None = None, *, retry_after_ms: int | None = None) -> None:
+    def __init__(
+        self,
+        max_in_flight: int | None = None,
+        *,
+        retry_after_ms: int | None = None,
+        short_of: Literal["places", "memory"] = "places",
+    ) -> None:
         if retry_after_ms is None:
             super().__init__(
                 f"{max_in_flight} requests of this connection are in flight. Wait until one has been "
@@ -253,9 +259,12 @@ class Overloaded(SidecarError):
                 maxInFlight=max_in_flight,
             )
         else:
+            what = {
+                "places": "As many requests as may be are waiting for the engine.",
+                "memory": "The machine is short of memory, so no more requests are taken for now.",
+            }
             super().__init__(
-                "As many requests as may be are waiting for the engine. Send this one again in "
-                f"{retry_after_ms} ms.",
+                f"{what[short_of]} Send this one again in {retry_after_ms} ms.",
                 retryAfterMs=retry_after_ms,
             )
 

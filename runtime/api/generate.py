@@ -18,7 +18,8 @@ from mlx_sidecar.protocol.errors import (
 
 from ..engine.sequence import Sampling, Sequence
 from ..engine.thread import InferenceThread
-from ..models.loaded import LoadedModel
+from ..models.housekeeping import Housekeeping
+from ..models.loaded import LoadedModel, Use
 from ..models.registry import ModelRegistry
 from ..pool import Pool
 from ..scheduling.duplicates import Duplicates, Work, key_of
@@ -59,9 +60,15 @@ class GenerateApi:
     """From a request to a sequence, and from its end to a result."""
 
     def __init__(
-        self, registry: ModelRegistry, engine: InferenceThread, pool: Pool, counters: Counters
+        self,
+        registry: ModelRegistry,
+        engine: InferenceThread,
+        pool: Pool,
+        counters: Counters,
+        housekeeping: Housekeeping,
     ) -> None:
         self._registry = registry
+        self._housekeeping = housekeeping
         self._engine = engine
         self._pool = pool
         self._counters = counters
@@ -71,8 +78,9 @@ class GenerateApi:
         """Answer a prompt, streamed if the request has a `partialResultToken`.
 
         Raises:
-            InvalidParams, ModelNotLoaded, ContextOverflow, Unsupported, Overloaded, DeadlineExceeded,
-            OutOfMemory, GenerationFailed, EngineFailed, InternalError.
+            InvalidParams, ModelNotLoaded, AdapterNotLoaded, ContextOverflow, Unsupported, Overloaded,
+            DeadlineExceeded, OutOfMemory, GenerationFailed, Unloaded, EngineFailed, InternalError, and why
+            its model could not be brought back into memory.
         """
         only_one("messages", {"messages": params.messages, "prompt": params.prompt, "tokens": params.tokens})
         if not isinstance(params.partial_result_token, UnsetType):
@@ -95,14 +103,14 @@ class GenerateApi:
         return result
 
     async def _result(self, request: Request) -> m.GenerateResult:
+        params = request.params
+        adapter = None if isinstance(params.adapter, UnsetType) else params.adapter
+        self._housekeeping.check()
         with request.scope:
-            model = await self._registry.ready(request.params.model)
-            with model.in_use():
-                self._check_line(request.params.model)
-                prompt = await self._prompt(request.params, model)
-                if model.forced_out:  # While the prompt was worked out: there is no sequence to end.
-                    request.cancel()
-                return await self._answer(request, model, prompt)
+            async with self._registry.using(params.model, adapter) as (model, uses):
+                self._check_line(model.key)
+                prompt = await self._prompt(params, model)
+                return await self._answer(request, model, uses, prompt)
         request.check_deadline()
         return _cancelled_before_it_began(request.arrived_at, streamed=request.call.stream is not None)
 
@@ -121,7 +129,9 @@ class GenerateApi:
             raise ContextOverflow(len(prompt), model.facts.context_length)
         return prompt
 
-    async def _answer(self, request: Request, model: LoadedModel, prompt: list[int]) -> m.GenerateResult:
+    async def _answer(
+        self, request: Request, model: LoadedModel, uses: list[Use], prompt: list[int]
+    ) -> m.GenerateResult:
         params, call = request.params, request.call
         stops = [params.stop] if isinstance(params.stop, str) else params.stop
         generation = Generation(
@@ -131,7 +141,8 @@ class GenerateApi:
             log_probs=params.log_probs is not None,
         )
         sequence = Sequence(
-            model=model.name,
+            model=model.key,
+            adapter=None if isinstance(params.adapter, UnsetType) else params.adapter,
             prompt=prompt,
             max_tokens=min(params.max_tokens, model.facts.context_length - len(prompt)),
             sampling=_sampling(params, model.facts.vocabulary),
@@ -143,16 +154,21 @@ class GenerateApi:
         )
         # Whoever was cancelled while waiting never becomes a sequence.
         await anyio.lowlevel.checkpoint_if_cancelled()
+        for use in uses:
+            if use.gone is not None:  # While the prompt was worked out: there is no sequence to end.
+                raise use.gone
         work = self._work(request, sequence, generation)
         request.generation = generation
         call.on_overflow = generation.fail
-        model.sequences.add(work.sequence)
+        for use in uses:
+            use.sequences.add(work.sequence)
         try:
             await generation.finished()
         finally:
             # Also when the request is being torn down: does nothing to a sequence that has ended.
             if work.leave(generation):
-                model.sequences.discard(work.sequence)
+                for use in uses:
+                    use.sequences.discard(work.sequence)
         return generation.result()
 
     def _work(self, request: Request, sequence: Sequence, generation: Generation) -> Work:

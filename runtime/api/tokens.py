@@ -21,21 +21,17 @@ class TokensApi:
     async def tokenize(self, params: m.TokenizeParams, _: Call) -> m.TokenizeResult:
         """Return the ids of a text or of rendered messages."""
         only_one("text", {"text": params.text, "messages": params.messages})
-        model = await self._registry.ready(params.model)
-        with model.in_use():
-            tokens = await self._pool.run(
-                encode, model, params.messages, params.text, params.add_special_tokens
-            )
+        model = await self._registry.known(params.model)
+        tokens = await self._pool.run(encode, model, params.messages, params.text, params.add_special_tokens)
         return m.TokenizeResult(tokens=tokens)
 
     async def detokenize(self, params: m.DetokenizeParams, _: Call) -> m.DetokenizeResult:
         """Return the text of ids."""
-        model = await self._registry.ready(params.model)
+        model = await self._registry.known(params.model)
         check_ids(params.tokens, model)
-        with model.in_use():
-            text = await self._pool.run(
-                lambda: model.tokenizer.decode(params.tokens, skip_special_tokens=params.skip_special_tokens)
-            )
+        text = await self._pool.run(
+            lambda: model.tokenizer.decode(params.tokens, skip_special_tokens=params.skip_special_tokens)
+        )
         return m.DetokenizeResult(text=text)
 
 

@@ -35,7 +35,7 @@ _CUDA_CACHES = {
 }
 
 
-def start_mlx(blas: Blas) -> Device:
+def start_mlx(blas: Blas, wired_limit_bytes: int | None = None) -> Device:
     """Import what the engine needs and return what it will run on.
 
     Raises:
@@ -60,20 +60,24 @@ def start_mlx(blas: Blas) -> Device:
         # On a CPU it would start a C++ compiler at run time, for over a second for each new expression, and
         # load the result from a folder in /tmp. It makes decoding no faster.
         mx.disable_compile()
-    limit_wired_memory()
-    return Device(kind, version("mlx"), (time.monotonic() - began) * 1000)
+    wired = limit_wired_memory(wired_limit_bytes)
+    return Device(kind, version("mlx"), (time.monotonic() - began) * 1000, wired)
 
 
-def limit_wired_memory() -> None:
-    """Set Metal's wired limit to the recommended size, once; a no-op elsewhere.
+def limit_wired_memory(wanted_bytes: int | None = None) -> int | None:
+    """Set Metal's wired limit, once, and return it; None elsewhere, where there is none.
 
-    mlx-lm's generators set the same limit and put back what they found; so what they find must be ours.
+    None is the recommended size, and no more is possible; 0 is off: some versions of macOS panic with it.
     """
     import mlx.core as mx
 
     recommended = mx.device_info().get("max_recommended_working_set_size")
-    if recommended is not None:
-        mx.set_wired_limit(int(recommended))
+    if recommended is None:
+        return None
+    limit = int(recommended) if wanted_bytes is None else min(wanted_bytes, int(recommended))
+    if limit:
+        mx.set_wired_limit(limit)
+    return limit
 
 
 def _device_kind() -> str:

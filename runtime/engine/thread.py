@@ -20,7 +20,7 @@ from mlx_sidecar.native.blas import Blas
 from mlx_sidecar.protocol.errors import EngineFailed, InternalError, OutOfMemory, SidecarError
 
 from ..scheduling.admission import Admission
-from ..scheduling.memory import MemoryReport
+from ..scheduling.memory import Footprint, MemoryReport, Shortfall
 from ..scheduling.waiting import WaitingReport
 from ..telemetry.vitals import Vitals
 from .mlx_start import start_mlx
@@ -42,6 +42,7 @@ class EngineReport(NamedTuple):
 
 
 Deliver = Callable[[list[Emission]], None]
+OnHungry = Callable[[str, int], object]
 
 log = logging.getLogger("engine")
 
@@ -54,6 +55,9 @@ _MOST_SEQUENCES, _MOST_SEQUENCES_ON_CPU = 256, 64
 _REST_SECONDS = 0.25
 """After so long without work models are made ready for company; who has just loaded one may ask at once."""
 
+_LEAST_CACHED_BYTES = 32 * 1024 * 1024
+"""So much MLX may always keep of unused buffers: without any each step would ask the system for memory."""
+
 _IDLE_SECONDS = 5.0
 """After so long without work MLX's unused buffers are given back."""
 
@@ -62,7 +66,9 @@ class InferenceThread:
     """Runs batches of sequences, round-robin over models, and hands each step's emissions to `deliver`.
 
     `deliver` is called on this thread and must only pass the list on; `on_death` likewise, if the thread ends
-    without having been asked to. The other methods may be called from any thread.
+    without having been asked to. So is `on_hungry`, with a model and the bytes that a sequence of it needs,
+    when it can run only if another model leaves memory; see `refuse_hopeless`. The other methods may be
+    called from any thread.
     """
 
     def __init__(
@@ -82,13 +88,16 @@ class InferenceThread:
         self._batches: dict[str, Batch] = {}
         self._unfinished: set[Sequence] = set()
         self._admission: Admission[Sequence] = Admission(
-            budget_bytes=0, most_waiting=settings.max_waiting, ageing_seconds=settings.ageing_seconds
+            budget_bytes=0, most_waiting=settings.max_waiting, ageing_seconds=settings.ageing_ms / 1000
         )
         self._started: Future[Device] = Future()
         # Running, so that one waiter who gives up cannot cancel it for the others.
         self._started.set_running_or_notify_cancel()
         self._most_sequences = _MOST_SEQUENCES
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
+        self.on_hungry: OnHungry = lambda _, __: self.refuse_hopeless()
+        self._claims: list[Future[None]] = []
+        self._most_cached: int | None = None
         self.steps = 0
         self.memory = MemoryUse()
         self._memory_noted_at = 0.0
@@ -135,9 +144,64 @@ class InferenceThread:
             most_rows=self._settings.max_sequences or self._most_sequences,
             chunk_tokens=batch.prefill_chunk_tokens,
         )
+        self._admission.release_claim(model)
         # Beside one more model there may be no room for some who wait, ever.
-        for sequence in self._admission.refuse_hopeless():
+        for sequence in self._admission.hopeless():
+            self.on_hungry(sequence.model, self._admission.needed(sequence))
+
+    def refuse_hopeless(self) -> None:
+        """Fail whoever waits and can never run beside the models in memory. On this thread, out of `run`."""
+        hopeless = self._admission.hopeless()
+        self._admission.refuse(hopeless)
+        for sequence in hopeless:
             self._fail([sequence], self._admission.out_of_memory(sequence))
+
+    def batch(self, model: str) -> "Batch":
+        """Return the batch that runs `model`. Call on this thread, out of `run`."""
+        return self._batches[model]
+
+    def resize(self, model: str) -> None:
+        """Count `model` anew, which has got or lost an adapter. Call on this thread, out of `run`."""
+        batch = self._batches[model]
+        adapters = sum(adapter.nbytes for adapter in batch.report().adapters)
+        footprint = batch.footprint
+        self._admission.resize(model, footprint._replace(weights=footprint.weights + adapters))
+
+    def shortfall(self, needed_bytes: int, beside: str | None = None) -> Shortfall:
+        """Return what is lacking for a model of so many bytes, or for a request to one. On this thread."""
+        return self._admission.shortfall(needed_bytes, beside)
+
+    def footprint(self, model: str) -> Footprint | None:
+        """Return what a model takes; None if it is not running."""
+        return self._admission.footprint(model)
+
+    def claim(self, owner: str, needed_bytes: int) -> "Future[None]":
+        """Keep memory for a model that is about to come; the future is done when those who run leave it room.
+
+        The claim is kept until `attach` or `release_claim`.
+        """
+        future: Future[None] = Future()
+
+        def command() -> None:
+            self._admission.claim(owner, needed_bytes)
+            self._claims.append(future)
+
+        self._commands.put(command)
+        return future
+
+    def release_claim(self, owner: str) -> None:
+        """Give up a claim; nothing if there is none."""
+        self._commands.put(lambda: self._admission.release_claim(owner))
+
+    def reconfigure(self) -> None:
+        """Go by what the settings are now. Call on this thread, out of `run`."""
+        from .device import memory_bytes
+
+        self._admission.reconfigure(
+            budget_bytes=self._settings.memory_budget_bytes or memory_bytes(),
+            most_waiting=self._settings.max_waiting,
+            ageing_seconds=self._settings.ageing_ms / 1000,
+        )
 
     def detach(self, model: str) -> None:
         """Stop running `model` and give its memory back. Call on this thread, out of `run`."""
@@ -162,9 +226,9 @@ class InferenceThread:
         """Queue a sequence; everything about it is reported through its `on_emission`."""
         self._commands.put(lambda: self._add(sequence))
 
-    def cancel(self, sequence: Sequence) -> None:
-        """End a sequence at the next step boundary with finish "cancelled"; nothing if it has ended."""
-        self._commands.put(lambda: self._remove(sequence))
+    def cancel(self, sequence: Sequence, failure: SidecarError | None = None) -> None:
+        """End a sequence at the next step boundary, "cancelled" or failed; nothing if it has ended."""
+        self._commands.put(lambda: self._remove(sequence, failure))
 
     def retry_after_ms(self, model: str) -> int | None:
         """Return None if there is room in the line, or when there will likely be."""
@@ -196,7 +260,7 @@ class InferenceThread:
 
     def _run(self) -> None:
         try:
-            device = start_mlx(self._blas)
+            device = start_mlx(self._blas, self._settings.wired_limit_bytes)
             self._most_sequences = _MOST_SEQUENCES_ON_CPU if device.kind == "cpu" else _MOST_SEQUENCES
             self._admission = self._new_admission()
         except BaseException as error:
@@ -226,7 +290,7 @@ class InferenceThread:
         return Admission(
             budget_bytes=self._settings.memory_budget_bytes or memory_bytes(),
             most_waiting=self._settings.max_waiting,
-            ageing_seconds=self._settings.ageing_seconds,
+            ageing_seconds=self._settings.ageing_ms / 1000,
         )
 
     def _loop(self) -> None:
@@ -235,8 +299,16 @@ class InferenceThread:
             if not busy:
                 self._note_memory()
             self._obey(wait=not busy)
+            self._settle_claims()
             self._admission.admit(self._let_in)
             self._step_all()
+
+    def _settle_claims(self) -> None:
+        if self._claims and not self._admission.is_overdrawn:
+            for claim in self._claims:
+                if claim.set_running_or_notify_cancel():
+                    claim.set_result(None)
+            self._claims.clear()
 
     def _step_all(self) -> None:
         # A function of its own, because its names must not keep a batch alive while the loop waits.
@@ -308,11 +380,13 @@ class InferenceThread:
             self._end([sequence], "cancelled")
             return
         try:
-            self._admission.put(sequence)
+            has_room = self._admission.put(sequence)
         except OutOfMemory as error:
             self._fail([sequence], error)
-        else:
-            self._unfinished.add(sequence)
+            return
+        self._unfinished.add(sequence)
+        if not has_room:
+            self.on_hungry(sequence.model, self._admission.needed(sequence))
 
     def _let_in(self, sequence: Sequence) -> None:
         try:
@@ -321,10 +395,14 @@ class InferenceThread:
             log.exception("a sequence could not be added")
             self._fail([sequence], InternalError())
 
-    def _remove(self, sequence: Sequence) -> None:
+    def _remove(self, sequence: Sequence, failure: SidecarError | None) -> None:
         batch = self._batches.get(sequence.model)
-        if self._admission.withdraw(sequence) or (batch is not None and batch.remove(sequence)):
+        if not self._admission.withdraw(sequence) and (batch is None or not batch.remove(sequence)):
+            return
+        if failure is None:
             self._end([sequence], "cancelled")
+        else:
+            self._fail([sequence], failure)
 
     def _fail(self, sequences: list[Sequence], failure: SidecarError) -> None:
         for sequence in sequences:
@@ -346,8 +424,21 @@ class InferenceThread:
     def _note_memory(self) -> None:
         import mlx.core as mx
 
-        self.memory = MemoryUse(mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory())
+        self.memory = MemoryUse(
+            mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory(), self._limit_cache()
+        )
         self._memory_noted_at = time.monotonic()
+
+    def _limit_cache(self) -> int:
+        """Let MLX keep no more unused buffers than nobody has a claim on; return how many bytes that is."""
+        import mlx.core as mx
+
+        _, memory = self._admission.report()
+        if self._most_cached is None:
+            self._most_cached = mx.set_cache_limit(0)
+        limit = min(self._most_cached, max(memory.free_bytes, _LEAST_CACHED_BYTES))
+        mx.set_cache_limit(limit)
+        return limit
 
 
 def _clear_streams() -> None:

@@ -5,7 +5,7 @@ every new shape of a chunk and its depth. On a CPU there is nothing to compile, 
 been touched when the footprint of the model was measured.
 """
 
-import time
+from collections.abc import Generator
 
 import mlx.core as mx
 
@@ -29,31 +29,29 @@ _DEPTH = 16384
 """How far into a prompt the plans for chunks are made; further on they are made as they come."""
 
 
-def warm_up(batch: ModelBatch, device: str) -> float:
+def warm_up(batch: ModelBatch, device: str) -> Generator[None]:
     """Run sequences of one and of many chunks, alone and together, greedy and sampled.
 
-    Returns:
-        milliseconds spent.
+    Yields after each step, so that other models can have theirs in between.
     """
-    began = time.monotonic()
-    if device != "cpu":
-        if batch.chunks.shapes:
-            _plan(batch)
-        for length in (*_LENGTHS, batch.prefill_chunk_tokens):
-            _run(batch, [_sequence(length, Sampling())])
-        for sampling in _SAMPLINGS:
-            _run(batch, [_sequence(2, sampling)])
-            _run(batch, [_sequence(length, sampling) for length in _LENGTHS])
-        _run(batch, [_sequence(2, sampling) for sampling in _SAMPLINGS])
-        _run(batch, [_sequence(length, Sampling(), log_probs=MOST) for length in _LENGTHS])
-        for rows in _ROWS:
-            _run(batch, [_sequence(_LENGTHS[1], Sampling()) for _ in range(rows)])
-        # What has been measured is mostly the time of compilers.
-        batch.pace.forget()
-    return (time.monotonic() - began) * 1000
+    if device == "cpu":
+        return
+    if batch.chunks.shapes:
+        yield from _plan(batch)
+    for length in (*_LENGTHS, batch.prefill_chunk_tokens):
+        yield from _run(batch, [_sequence(length, Sampling())])
+    for sampling in _SAMPLINGS:
+        yield from _run(batch, [_sequence(2, sampling)])
+        yield from _run(batch, [_sequence(length, sampling) for length in _LENGTHS])
+    yield from _run(batch, [_sequence(2, sampling) for sampling in _SAMPLINGS])
+    yield from _run(batch, [_sequence(length, Sampling(), log_probs=MOST) for length in _LENGTHS])
+    for rows in _ROWS:
+        yield from _run(batch, [_sequence(_LENGTHS[1], Sampling()) for _ in range(rows)])
+    # What has been measured is mostly the time of compilers.
+    batch.pace.forget()
 
 
-def _plan(batch: ModelBatch) -> None:
+def _plan(batch: ModelBatch) -> Generator[None]:
     rows = Rows(batch.model)
     # Caches are copied as they grow; where there is little room they are not made to.
     room = (memory_bytes() - batch.footprint.weights) // (4 * batch.footprint.kv_per_token)
@@ -62,13 +60,15 @@ def _plan(batch: ModelBatch) -> None:
             rows.end_at([depth])
             batch.model(mx.zeros((1, shape), mx.int32), cache=rows.layers)
             mx.eval(rows.arrays())
+            yield
 
 
-def _run(batch: ModelBatch, sequences: list[Sequence]) -> None:
+def _run(batch: ModelBatch, sequences: list[Sequence]) -> Generator[None]:
     for sequence in sequences:
         batch.add(sequence)
     while len(batch):
         batch.step()
+        yield
 
 
 def _sequence(length: int, sampling: Sampling, log_probs: int | None = None) -> Sequence:

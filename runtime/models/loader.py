@@ -1,9 +1,12 @@
-"""Model folder -> network in memory, evaluated. Runs on the inference thread."""
+"""Model folder -> network in memory, evaluated. Runs on the loader thread, beside whoever decodes."""
 
+import inspect
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from types import FunctionType, ModuleType
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.utils as tree
@@ -12,11 +15,26 @@ from mlx import nn
 
 from mlx_sidecar.protocol.messages import DtypeRequest
 
+from .precision import choose_dtype
+
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-_SLOW_ON_CPU = "MLX's CPU backend computes quantized and 16-bit matrix products far slower than float32"
+_PIECE_BYTES = 32 * 1024 * 1024
 
 
-@dataclass(frozen=True)
+class Loaded(NamedTuple):
+    """How far a load is."""
+
+    done_bytes: int
+    total_bytes: int
+    tensors: int
+    total_tensors: int
+
+
+OnPiece = Callable[[Loaded], None]
+"""Called between two pieces; what it raises ends the load."""
+
+
+@dataclass
 class Network:
     """A model in memory. `dtype` is what its weights are now; `reason` why, when not as stored."""
 
@@ -34,8 +52,10 @@ class LoadError(Exception):
     """The folder is not a model that can be loaded; the message is fit for a client."""
 
 
-def load_network(folder: Path, dtype: DtypeRequest, device: str) -> Network:
-    """Read the weights, convert them if asked or wise, and evaluate every one.
+def load_network(folder: Path, dtype: DtypeRequest, device: str, on_piece: OnPiece) -> Network:
+    """Read the weights, convert them if asked or wise, and evaluate every array of the network.
+
+    What was evaluated may be used on any thread; a graph only where it was made.
 
     Raises:
         LoadError: the folder's files are damaged or of a kind that is not supported.
@@ -46,15 +66,12 @@ def load_network(folder: Path, dtype: DtypeRequest, device: str) -> Network:
     except Exception as error:
         raise LoadError(_explain(error)) from error
     module, config = loaded
+    context_length, vocabulary = _sizes(config)
     stored = _stored_dtype(module)
-    wanted, reason = _choose_dtype(dtype, stored, device)
+    wanted, reason = choose_dtype(dtype, stored, device)
     if wanted != stored:
         module = _convert(module, _DTYPES[wanted])
-    try:
-        mx.eval(module.parameters())
-    except Exception as error:
-        raise LoadError("its weight files are damaged or incomplete") from error
-    context_length, vocabulary = _sizes(config)
+    _evaluate(module, on_piece)
     return Network(
         module=module,
         dtype=wanted,
@@ -67,28 +84,70 @@ def load_network(folder: Path, dtype: DtypeRequest, device: str) -> Network:
     )
 
 
-def _choose_dtype(dtype: DtypeRequest, stored: str, device: str) -> tuple[str, str | None]:
-    if dtype in ("stored", stored):
-        return stored, f"{_SLOW_ON_CPU}, but {dtype!r} was asked for" if _slow(stored, device) else None
-    if dtype != "auto":
-        return dtype, f"asked for; the folder holds {stored}"
-    if _slow(stored, device):
-        return "float32", f"{_SLOW_ON_CPU}; the folder holds {stored}"
-    return stored, None
+def _evaluate(module: nn.Module, on_piece: OnPiece) -> None:
+    arrays = [array for _, array in _arrays(module)]
+    total = sum(array.nbytes for array in arrays)
+    done = tensors = 0
+    for piece in _pieces(arrays):
+        on_piece(Loaded(done, total, tensors, len(arrays)))
+        try:
+            mx.eval(piece)
+        except Exception as error:
+            raise LoadError("its weight files are damaged or incomplete") from error
+        done += sum(array.nbytes for array in piece)
+        tensors += len(piece)
+    on_piece(Loaded(done, total, tensors, len(arrays)))
+    mx.eval(list(_all_arrays(module)))
+
+
+def _pieces(arrays: list[mx.array]) -> Iterator[list[mx.array]]:
+    piece: list[mx.array] = []
+    size = 0
+    for array in arrays:
+        piece.append(array)
+        size += array.nbytes
+        if size >= _PIECE_BYTES:
+            yield piece
+            piece, size = [], 0
+    if piece:
+        yield piece
+
+
+def _all_arrays(root: object) -> Iterator[mx.array]:
+    """Yield every array that a network holds in whatever way: rotary tables, for one, are no parameters."""
+    seen: set[int] = set()
+    pending: list[object] = [root]
+    while pending:
+        found = pending.pop()
+        if id(found) in seen or isinstance(found, type | ModuleType | str | bytes | int | float | None):
+            continue
+        seen.add(id(found))
+        if isinstance(found, mx.array):
+            yield found
+        pending += _held_by(found)
+
+
+def _held_by(found: Any) -> list[Any]:
+    held: list[Any] = []
+    if isinstance(found, dict):
+        held += cast("dict[Any, Any]", found).values()
+    elif isinstance(found, list | tuple | set):
+        held += cast("list[Any]", found)
+    elif isinstance(found, FunctionType):
+        held += inspect.getclosurevars(found).nonlocals.values()
+    attributes: Any = getattr(cast(Any, found), "__dict__", {})
+    return held + list(attributes.values())
 
 
 def _sizes(config: dict[str, Any]) -> tuple[int, int]:
     """Return context length and vocabulary; multimodal models keep them in a config within the config."""
-    facts = cast(dict[str, Any], config.get("text_config") or {}) | config
+    inner = config.get("text_config")
+    facts = (cast(dict[str, Any], inner) if isinstance(inner, dict) else {}) | config
     context = facts.get("max_position_embeddings") or facts.get("max_sequence_length")
     vocabulary = facts.get("vocab_size")
-    if not isinstance(context, int) or not isinstance(vocabulary, int):
+    if not isinstance(context, int) or not isinstance(vocabulary, int) or min(context, vocabulary) < 1:
         raise LoadError("its config.json does not give max_position_embeddings and vocab_size as integers")
     return context, vocabulary
-
-
-def _slow(dtype: str, device: str) -> bool:
-    return device == "cpu" and dtype != "float32"
 
 
 def _stored_dtype(module: Any) -> str:

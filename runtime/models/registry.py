@@ -1,84 +1,156 @@
-"""The models in memory, as the event loop sees them: plain facts, a tokenizer, and who is using what.
+"""The models that were asked for, by name and by alias, and what can be done with them.
 
-The networks themselves stay on the inference thread; a name is all that crosses over.
+The networks themselves stay on the inference thread; a key is all that crosses over. Who is in memory, and
+who has to leave, is for `residency`.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
-from concurrent.futures import Future
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import AsyncGenerator, Awaitable, Generator
+from contextlib import asynccontextmanager, contextmanager
 
 import anyio
+from msgspec import UnsetType
 
 from mlx_sidecar.config.settings import Settings
-from mlx_sidecar.native.pages import Pages
 from mlx_sidecar.protocol import messages as m
-from mlx_sidecar.protocol.errors import BackendUnavailable, InvalidModel, InvalidParams, ModelNotLoaded
+from mlx_sidecar.protocol.errors import (
+    InvalidAdapter,
+    InvalidParams,
+    ModelNotLoaded,
+    SidecarError,
+    Unloaded,
+)
 
+from ..engine.sequence import Sequence
 from ..engine.thread import InferenceThread
-from ..pool import Pool
-from .loaded import LoadedModel
-from .sources import find_model, weight_files
-from .store import ModelStore
-
-if TYPE_CHECKING:
-    from ..text.tokenizer import ModelTokenizer
-    from .loader import Network
+from . import adapters
+from .entry import Attempt, Entry
+from .loaded import LoadedModel, Use
+from .loading import Loading
+from .progress import Tell
+from .residency import Post, Residency, Spawn
 
 log = logging.getLogger("models")
 
+_MOST_FAILURES = 64
+"""So many models whose load failed are remembered, for `models` to say why."""
+
 
 class ModelRegistry:
-    """Loads and unloads by name; a model is in exactly one state, and a failed load leaves nothing behind."""
+    """Names, aliases and versions; a failed load leaves nothing behind but its reason."""
 
     def __init__(
-        self,
-        engine: InferenceThread,
-        store: ModelStore,
-        pages: Pages,
-        pool: Pool,
-        settings: Settings,
+        self, engine: InferenceThread, loading: Loading, settings: Settings, spawn: Spawn, post: Post
     ) -> None:
         self._engine = engine
-        self._store = store
-        self._pages = pages
-        self._pool = pool
+        self._loading = loading
         self._settings = settings
-        self._models: dict[str, LoadedModel] = {}
+        self._spawn = spawn
+        self._entries: dict[str, Entry] = {}
+        self._aliases: dict[str, str] = {}
+        self.residency = Residency(engine, loading, settings, self._entries, spawn, post, self._forget)
 
     def infos(self) -> list[m.ModelInfo]:
         """Return a line for every model, oldest first."""
-        return [model.info() for model in self._models.values()]
+        by_model: dict[str, list[str]] = {}
+        for alias, name in self._aliases.items():
+            by_model.setdefault(name, []).append(alias)
+        return [self._info(entry, sorted(by_model.get(entry.name, []))) for entry in self._entries.values()]
 
-    async def ready(self, name: str) -> LoadedModel:
-        """Return a model that can be used now, after waiting for a load that is under way.
+    def key_of(self, name: str) -> str | None:
+        """Return what the engine calls a model; None if it has never been in memory."""
+        model = self._entries[name].model if name in self._entries else None
+        return None if model is None else model.key
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Every model, oldest first."""
+        return list(self._entries.values())
+
+    def find(self, name: str) -> Entry:
+        """Return a model by its name or an alias.
 
         Raises:
-            ModelNotLoaded: it is not loaded, or its load failed.
+            ModelNotLoaded: nobody has loaded it.
         """
-        model = self._models.get(name)
-        while model is not None and model.state == "loading":
-            await model.settled.wait()
-            model = self._models.get(name)
-        if model is None or model.state != "ready":
+        entry = self._entries.get(self._aliases.get(name, name))
+        if entry is None or entry.leaving or entry.state == "failed":
             raise ModelNotLoaded(name)
-        return model
+        return entry
 
-    def load(self, params: m.LoadParams) -> Awaitable[m.LoadResult]:
+    @asynccontextmanager
+    async def using(
+        self, name: str, adapter: str | None = None
+    ) -> AsyncGenerator[tuple[LoadedModel, list[Use]]]:
+        """Keep a model in memory while the block runs, after bringing it there if need be.
+
+        Raises:
+            ModelNotLoaded: nobody has loaded it.
+            AdapterNotLoaded: it has no such adapter.
+            SidecarError: it could not be brought back.
+        """
+        entry = self.find(name)
+        entry.touch()
+        if self._settings.predictive_preload:
+            self.residency.predictor.note_request(entry.name, time.monotonic())
+        model = await self._ready(entry)
+        with model.in_use(adapter) as uses:
+            try:
+                yield model, uses
+            finally:
+                entry.last_used = time.monotonic()
+
+    async def known(self, name: str) -> LoadedModel:
+        """Return what is known of a model, tokenizer included, be it in memory or not.
+
+        Raises:
+            ModelNotLoaded: nobody has loaded it.
+            SidecarError: its load, which was waited for, failed.
+        """
+        entry = self.find(name)
+        return entry.model or await self._ready(entry)
+
+    def load(self, params: m.LoadParams, tell: Tell | None = None) -> Awaitable[m.LoadResult]:
         """Bring a model into memory; one that is there already is answered at once.
 
         The entry is there when this returns, so that whatever is asked next finds it.
 
         Raises:
-            ModelNotFound, InvalidModel, BackendUnavailable, InvalidParams.
+            ModelNotFound, InvalidModel, UnsafeModel, OutOfMemory, BackendUnavailable, InvalidParams.
         """
-        present = self._models.get(params.model)
-        return (
-            self._bring(self._new(params.model), params) if present is None else self._join(present, params)
-        )
+        name = _name(params, self._aliases)
+        alias = params.alias
+        if not isinstance(alias, UnsetType) and alias in self._entries and alias != name:
+            raise InvalidParams("alias", "is the name of another loaded model")
+        if name not in self._entries or self._entries[name].state == "failed":
+            self._begin(name, params)
+        if not isinstance(alias, UnsetType):
+            # One that leads nowhere else may be used by requests that come before the model is there.
+            self._aliases.setdefault(alias, name)
+        return self._load(name, params, tell)
+
+    async def reload(self, params: m.ReloadParams, tell: Tell | None = None) -> m.LoadResult:
+        """Read a model anew beside the one that serves, which then leaves when its last request has ended.
+
+        Raises:
+            ModelNotLoaded, ModelNotFound, InvalidModel, UnsafeModel, OutOfMemory, Unloaded.
+        """
+        entry = self.find(params.model)
+        await self._ready(entry)
+        attempt = Attempt()
+        old: LoadedModel | None = None
+        with _told(attempt, tell):
+            entry.renewals += 1
+            try:
+                old = await self.residency.renew(entry, attempt)
+            finally:
+                entry.renewals -= 1
+                if old is not None:
+                    self._spawn(self.residency.depart, old)
+        assert entry.model is not None
+        return entry.model.facts
 
     async def unload(self, params: m.UnloadParams) -> m.UnloadResult:
         """Give a model's memory back, after its requests have ended; `force` ends them.
@@ -86,145 +158,211 @@ class ModelRegistry:
         Raises:
             ModelNotLoaded: it is not loaded.
         """
-        model = await self.ready(params.model)
-        model.state = "unloading"
-        model.settled = anyio.Event()
-        if params.force:
-            model.forced_out = True
-            for sequence in model.sequences:
-                self._engine.cancel(sequence)
+        name = self._aliases.get(params.model, params.model)
+        entry = self._entries.get(name)
+        if entry is None or (entry.leaving and not params.force) or entry.state == "failed":
+            raise ModelNotLoaded(params.model)
+        if entry.leaving:
+            self._force_out(entry)
+            while self._entries.get(name) is entry:
+                await entry.changed()
+            return m.UnloadResult(model=name, state="unloaded")
+        await self._loaded_or_failed(entry)
+        entry.leaving = True
         # Once begun an unload runs to its end, whoever stops waiting for it: half of one is no state.
         with anyio.CancelScope(shield=True):
-            while model.users:
-                model.idle = anyio.Event()
-                await model.idle.wait()
-            await asyncio.wrap_future(self._discard(model.name))
-            del self._models[model.name]
-            model.state = "unloaded"
-            model.settled.set()
-        log.info("unloaded %s", model.name)
-        return m.UnloadResult(model=model.name, state="unloaded")
+            await self._leave(entry, force=params.force)
+        log.info("unloaded %s", name)
+        return m.UnloadResult(model=name, state="unloaded")
 
-    def _new(self, name: str) -> LoadedModel:
-        model = self._models[name] = LoadedModel(name)
-        return model
+    def alias(self, params: m.AliasParams) -> m.AliasResult:
+        """Let an alias stand for another model, or for none; requests that have come stay where they are.
 
-    async def _bring(self, model: LoadedModel, params: m.LoadParams) -> m.LoadResult:
-        try:
-            await self._load(model, params)
-        except BaseException:
-            del self._models[model.name]
-            raise
-        finally:
-            model.settled.set()
-        return model.facts
+        Raises:
+            ModelNotLoaded: the model is not loaded.
+            InvalidParams: the alias is the name of a model.
+        """
+        previous = self._aliases.get(params.alias)
+        if params.model is None:
+            self._aliases.pop(params.alias, None)
+            return m.AliasResult(alias=params.alias, model=None, previous=previous)
+        if params.alias in self._entries:
+            raise InvalidParams("alias", "is the name of a loaded model")
+        entry = self.find(params.model)
+        self._aliases[params.alias] = entry.name
+        return m.AliasResult(alias=params.alias, model=entry.name, previous=previous)
 
-    async def _join(self, present: LoadedModel, params: m.LoadParams) -> m.LoadResult:
-        while present.state != "ready":
-            await present.settled.wait()
-            if (now := self._models.get(params.model)) is None:
-                return await self._bring(self._new(params.model), params)
-            present = now
-        return _same_dtype(present, params)
+    async def load_adapter(self, params: m.LoadAdapterParams) -> m.LoadAdapterResult:
+        """Bring an adapter into memory beside its model.
 
-    async def _load(self, model: LoadedModel, params: m.LoadParams) -> None:
-        began = time.monotonic()
-        try:
-            device = await asyncio.wrap_future(self._engine.started())
-        except (ImportError, OSError, RuntimeError):
-            raise BackendUnavailable() from None
-        waited_ms = (time.monotonic() - began) * 1000
-        try:
-            folder = await self._pool.run(find_model, model.name, self._store)
-            pages = await self._pool.run(self._pages.of_files, weight_files(folder))
-        except OSError as error:
-            raise InvalidModel(model.name, "its files went away while they were read") from error
-        work = self._engine.run(lambda: self._load_network(model.name, folder, params.dtype, device.kind))
-        try:
-            tokenizer = await self._load_tokenizer(model.name, folder)
-            result = await asyncio.wrap_future(work)
-        except Exception:
-            await asyncio.wrap_future(self._discard(model.name))
-            raise
-        except BaseException:
-            # Cancelled: nobody waits for it any more, and the engine frees it before it does anything else.
-            self._discard(model.name)
-            raise
+        Raises:
+            ModelNotLoaded, InvalidAdapter, OutOfMemory.
+        """
+        async with self.using(params.model) as (model, _):
+            if params.adapter in model.adapters:
+                raise InvalidAdapter(model.name, params.adapter, "there is one of that name; unload it first")
+            began = time.monotonic()
+            box = await adapters.read(self._loading, model.name, params.adapter, params.path)
+            claim = f"{model.key}/{params.adapter}"
+            await self.residency.claim_for_adapter(self.find(params.model), claim, box[0].nbytes)
+            try:
+                result = await adapters.attach(self._engine, model, params.adapter, params.path, box)
+            finally:
+                self._engine.release_claim(claim)
         result.load_ms = (time.monotonic() - began) * 1000
-        result.phases.runtime_ms = waited_ms
-        if pages is not None:
-            result.pages = m.PagesReport(resident_bytes=pages[0], total_bytes=pages[1])
-        model.become_ready(tokenizer, result)
-        log.info("loaded %s as %s in %.0f ms", model.name, result.dtype, result.load_ms)
-
-    async def _load_tokenizer(self, name: str, folder: Path) -> "ModelTokenizer":
-        try:
-            return await self._pool.run(_read_tokenizer, folder)
-        except ValueError as error:
-            raise InvalidModel(name, str(error)) from error
-        except OSError as error:
-            raise InvalidModel(name, "its files went away while they were read") from error
-
-    def _discard(self, name: str) -> Future[None]:
-        return self._engine.run(lambda: self._engine.detach(name))
-
-    def _load_network(self, name: str, folder: Path, dtype: m.DtypeRequest, device: str) -> m.LoadResult:
-        """Load, warm up and attach; runs on the inference thread."""
-        from ..engine.fused import fuse_projections
-        from ..engine.model_batch import ModelBatch
-        from ..engine.warm_up import warm_up
-
-        network, problem = _try_to_load(name, folder, dtype, device)
-        if network is None:
-            raise InvalidModel(name, problem)
-        chunk = (
-            self._settings.prefill_chunk_tokens_cpu
-            if device == "cpu"
-            else self._settings.prefill_chunk_tokens
-        )
-        if device == "cuda":
-            log.info("fused %d groups of projections", fuse_projections(network.module))
-        batch = ModelBatch(network.module, prefill_chunk_tokens=chunk)
-        warmup_ms = warm_up(batch, device)
-        self._engine.attach(name, batch)
-        result = m.LoadResult(
-            model=name,
-            state="ready",
-            dtype=network.dtype,
-            parameters=network.parameters,
-            context_length=network.context_length,
-            vocabulary=network.vocabulary,
-            bytes=network.nbytes,
-            load_ms=network.load_ms,
-            phases=m.LoadPhases(runtime_ms=0, weights_ms=network.load_ms, warmup_ms=warmup_ms),
-        )
-        if network.reason is not None:
-            result.reason = network.reason
         return result
 
+    async def unload_adapter(self, params: m.UnloadAdapterParams) -> m.UnloadAdapterResult:
+        """Give an adapter's memory back, after its requests have ended; `force` ends them.
 
-def _read_tokenizer(folder: Path) -> "ModelTokenizer":
-    # Imported here, in the pool: the tokenizers library is not needed to answer `initialize`.
-    from ..text.tokenizer import ModelTokenizer
+        Raises:
+            ModelNotLoaded, AdapterNotLoaded.
+        """
+        async with self.using(params.model) as (model, _):
+            adapter = model.adapter(params.adapter)
+            adapter.use.gone = Unloaded(model.name, params.adapter)
+            if params.force:
+                self._end(list(adapter.use.sequences), adapter.use.gone)
+            with anyio.CancelScope(shield=True):
+                await adapter.use.ended()
+                await asyncio.wrap_future(adapters.detach(self._engine, model, params.adapter))
+        return m.UnloadAdapterResult(model=model.name, adapter=params.adapter)
 
-    return ModelTokenizer(folder)
+    def _begin(self, name: str, params: m.LoadParams) -> Entry:
+        failed = [entry for entry in self._entries.values() if entry.state == "failed"]
+        for old in failed:
+            if old.name == name or len(failed) > _MOST_FAILURES:
+                self._forget(old)
+                failed = failed[1:]
+        entry = self._entries[name] = Entry(name, params)
+        _apply(entry, params)
+        self.residency.start(entry)
+        return entry
+
+    async def _load(self, name: str, params: m.LoadParams, tell: Tell | None) -> m.LoadResult:
+        while True:
+            entry = self._entries.get(name)
+            if entry is None or entry.state == "failed":
+                entry = self._begin(name, params)
+            if entry.leaving:
+                await entry.changed()
+                continue
+            try:
+                model = await self._ready(entry, tell)
+                break
+            except _Gone:
+                continue
+            except SidecarError:
+                self._drop_aliases(entry)
+                raise
+        _same_dtype(model, params)
+        _apply(entry, params)
+        if not isinstance(params.alias, UnsetType):
+            self._aliases[params.alias] = name
+        return model.facts
+
+    async def _ready(self, entry: Entry, tell: Tell | None = None) -> LoadedModel:
+        """Wait until a model is in memory, bringing it back if need be.
+
+        Raises:
+            SidecarError: it could not be brought there.
+            ModelNotLoaded: it was unloaded meanwhile.
+        """
+        entry.busy += 1
+        try:
+            while entry.state != "ready":
+                if entry.leaving or entry.state in ("unloaded", "failed"):
+                    raise _Gone(entry.name)
+                if entry.state == "evicted":
+                    self.residency.start(entry)
+                if entry.attempt is None:
+                    await entry.changed()
+                    continue
+                with _told(entry.attempt, tell):
+                    await entry.attempt.wait()
+            assert entry.model is not None
+            return entry.model
+        finally:
+            entry.busy -= 1
+
+    async def _loaded_or_failed(self, entry: Entry) -> None:
+        while entry.attempt is not None or entry.renewals:
+            if entry.attempt is not None:
+                await entry.attempt.wait()
+            else:
+                await entry.changed()
+
+    async def _leave(self, entry: Entry, *, force: bool) -> None:
+        while entry.state in ("draining", "unloading"):  # To make room for another.
+            if force:
+                self._force_out(entry)
+            await entry.changed()
+        if entry.model is not None and entry.state == "ready":
+            entry.become("draining")
+            if force:
+                self._force_out(entry)
+            await entry.model.use.ended()
+            entry.become("unloading")
+            await self.residency.depart(entry.model)
+        self._forget(entry)
+        entry.become("unloaded")
+
+    def _force_out(self, entry: Entry) -> None:
+        if entry.model is not None:
+            self._end(entry.model.force_out(), Unloaded(entry.name))
+
+    def _end(self, sequences: list[Sequence], failure: SidecarError) -> None:
+        for sequence in sequences:
+            self._engine.cancel(sequence, failure)
+
+    def _forget(self, entry: Entry) -> None:
+        if self._entries.get(entry.name) is entry:
+            del self._entries[entry.name]
+            self._drop_aliases(entry)
+
+    def _drop_aliases(self, entry: Entry) -> None:
+        if entry.model is None or self._entries.get(entry.name) is not entry:
+            for alias in [alias for alias, name in self._aliases.items() if name == entry.name]:
+                del self._aliases[alias]
+
+    def _info(self, entry: Entry, aliases: list[str]) -> m.ModelInfo:
+        info = entry.info(self._settings.model_ttl_ms, aliases)
+        footprint = None if entry.model is None else self._engine.footprint(entry.model.key)
+        if footprint is not None:
+            info.kv_bytes_per_token = footprint.kv_per_token
+            info.prefill_peak_bytes = footprint.prefill_peak
+        return info
 
 
-def _try_to_load(name: str, folder: Path, dtype: m.DtypeRequest, device: str) -> "tuple[Network | None, str]":
-    """Return the network, or what is wrong with it.
+class _Gone(ModelNotLoaded):
+    """It was unloaded while somebody waited for it."""
 
-    Not as an exception: its traceback would keep a half-built network alive for as long as it travels.
-    """
-    from .loader import LoadError, load_network
 
+@contextmanager
+def _told(attempt: Attempt, tell: Tell | None) -> Generator[None]:
+    if tell is None:
+        yield
+        return
+    number = attempt.watch.listen(tell)
     try:
-        return load_network(folder, dtype, device), ""
-    except LoadError as error:
-        log.warning("loading %s failed", name, exc_info=error)
-        return None, str(error)
+        yield
+    finally:
+        attempt.watch.leave(number)
 
 
-def _same_dtype(model: LoadedModel, params: m.LoadParams) -> m.LoadResult:
+def _name(params: m.LoadParams, aliases: dict[str, str]) -> str:
+    if isinstance(params.revision, UnsetType):
+        return aliases.get(params.model, params.model)
+    return f"{params.model}@{params.revision}"
+
+
+def _apply(entry: Entry, params: m.LoadParams) -> None:
+    if not isinstance(params.pin, UnsetType):
+        entry.pinned = params.pin
+    if not isinstance(params.ttl_ms, UnsetType):
+        entry.ttl_ms = params.ttl_ms
+
+
+def _same_dtype(model: LoadedModel, params: m.LoadParams) -> None:
     if params.dtype not in ("auto", "stored", model.facts.dtype):
         raise InvalidParams("dtype", f"the model is loaded as {model.facts.dtype}; unload it first")
-    return model.facts

@@ -11,7 +11,7 @@ from mlx_sidecar.protocol.errors import OutOfMemory
 
 from .forecast import Forecast
 from .item import ItemT
-from .memory import Footprint, MemoryBudget, MemoryReport
+from .memory import Footprint, MemoryBudget, MemoryReport, Shortfall
 from .waiting import Waiting, WaitingReport
 
 
@@ -49,27 +49,69 @@ class Admission(Generic[ItemT]):
         self._desks.pop(model, None)
         return left
 
-    def put(self, item: ItemT) -> None:
-        """Let an item wait.
+    def put(self, item: ItemT) -> bool:
+        """Let an item wait; return whether it can run beside the models in memory. If not, one has to leave.
 
         Raises:
-            OutOfMemory: it would wait for ever.
+            OutOfMemory: it would wait for ever, even if every other model left.
         """
-        if not self._can_ever(item):
+        if not self._memory.could_ever(item.model, len(item.prompt), item.max_tokens):
             raise self.out_of_memory(item)
         self._waiting.put(item)
+        return self._can_ever(item)
+
+    def needed(self, item: ItemT) -> int:
+        """Return the bytes that an item needs when nothing else runs."""
+        return self._memory.needed(item.model, len(item.prompt), item.max_tokens)
 
     def out_of_memory(self, item: ItemT) -> OutOfMemory:
         """Return the error for an item that there will be no memory for."""
-        needed = self._memory.needed(item.model, len(item.prompt), item.max_tokens)
-        return OutOfMemory(needed, max(self._memory.available_bytes, 0))
+        return OutOfMemory(self.needed(item), max(self._memory.available_bytes, 0))
 
-    def refuse_hopeless(self) -> list[ItemT]:
-        """Let those wait no longer who can never fit beside the models in memory now, and return them."""
-        left = [item for item in self._waiting if not self._can_ever(item)]
-        for item in left:
+    def hopeless(self) -> list[ItemT]:
+        """Return those who wait and can never fit beside the models in memory now."""
+        return [item for item in self._waiting if not self._can_ever(item)]
+
+    def refuse(self, items: list[ItemT]) -> None:
+        """Let items wait no longer."""
+        for item in items:
             self._waiting.remove(item)
-        return left
+
+    def shortfall(self, needed_bytes: int, beside: str | None = None) -> Shortfall:
+        """Return what is lacking for a model of so many bytes, so that whoever waits still has a chance.
+
+        With `beside` it is for a request to that model, which is in memory.
+        """
+        hungriest = 0 if beside else max((self.needed(item) for item in self._waiting), default=0)
+        now, ever = self._memory.shortfall(needed_bytes)
+        return Shortfall(now, ever + hungriest)
+
+    def claim(self, owner: str, needed_bytes: int) -> None:
+        """Keep memory for a model that is about to come, from everybody who does not run yet."""
+        self._memory.claim(owner, needed_bytes)
+
+    def release_claim(self, owner: str) -> None:
+        """Give up a claim; nothing if there is none."""
+        self._memory.release_claim(owner)
+
+    @property
+    def is_overdrawn(self) -> bool:
+        """Whether some of those who run must end before a claim can be used."""
+        return self._memory.is_overdrawn
+
+    def resize(self, model: str, footprint: Footprint) -> None:
+        """Count a model anew that has got or lost an adapter."""
+        self._memory.set_model(model, footprint)
+
+    def footprint(self, model: str) -> Footprint | None:
+        """Return what a model takes; None if it is not known."""
+        return self._memory.footprint(model)
+
+    def reconfigure(self, *, budget_bytes: int, most_waiting: int, ageing_seconds: float) -> None:
+        """Go by other limits from now on; whoever runs goes on."""
+        self._memory.budget_bytes = budget_bytes
+        self._most_waiting = most_waiting
+        self._waiting.ageing_seconds = ageing_seconds
 
     def withdraw(self, item: ItemT) -> bool:
         """Let an item wait no longer; return whether it waited."""

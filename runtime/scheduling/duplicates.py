@@ -132,11 +132,12 @@ class Duplicates:
 def key_of(sequence: Sequence) -> Hashable:
     """Return what decides on the tokens of a sequence whose sampling is greedy or has a chosen seed.
 
-    The model's name stands for the model: it is not unloaded as long as a request follows anything.
+    The names of model and adapter stand for them: neither is unloaded as long as a request follows anything.
     """
     bias = dict(sorted(sequence.sampling.logit_bias.items()))
     return (
         sequence.model,
+        sequence.adapter,
         array("i", sequence.prompt).tobytes(),
         msgspec.json.encode(structs.replace(sequence.sampling, logit_bias=bias)),
         sequence.max_tokens,

@@ -1,9 +1,9 @@
 """Admission by projected memory: what runs has room to reach its full length, whatever else runs.
 
-Projected are the weights of every model, the KV cache of every running sequence at its full length, and once
-the peak of a chunk of prefill, the largest of the models that run. Nothing is admitted in the hope that a
-neighbour ends early. Bytes everywhere. Changed on the inference thread only; whatever changes nothing may
-be asked on any.
+Projected are the weights of every model and of its adapters, what models that are being loaded will take, the
+KV cache of every running sequence at its full length, and once the peak of a chunk of prefill, the largest of
+the models that run. Nothing is admitted in the hope that a neighbour ends early. Bytes everywhere. Changed on
+the inference thread only; whatever changes nothing may be asked on any.
 """
 
 from typing import Generic, NamedTuple
@@ -28,29 +28,64 @@ class Footprint(NamedTuple):
 
 
 class MemoryReport(NamedTuple):
-    """The budget at one moment, in bytes. `reserved_bytes` is what running sequences may grow to."""
+    """The budget at one moment, in bytes.
+
+    `claimed_bytes` is what models will take that are being loaded, `reserved_bytes` what running sequences
+    may grow to, and `kv_bytes` the caches among that, by model.
+    """
 
     budget_bytes: int = 0
     weights_bytes: int = 0
+    claimed_bytes: int = 0
     reserved_bytes: int = 0
     free_bytes: int = 0
+    kv_bytes: tuple[tuple[str, int], ...] = ()
+
+
+class Shortfall(NamedTuple):
+    """How many bytes something lacks that is to come: `now`, and `ever`, when no sequence runs any more.
+
+    Not above 0 if there is room. What is lacking `ever` has to be unloaded; the rest ends by itself.
+    """
+
+    now: int
+    ever: int
 
 
 class MemoryBudget(Generic[ItemT]):
     """Says who has room. What was reserved is never more than the budget leaves beside the weights."""
 
     def __init__(self, budget_bytes: int) -> None:
-        self._budget = budget_bytes
+        self.budget_bytes = budget_bytes
+        self._claims: dict[str, int] = {}
         self._models: dict[str, Footprint] = {}
         self._reserved: dict[ItemT, int] = {}
         self._weights_bytes = 0
         self._reserved_bytes = 0
-        self._running: dict[str, int] = {}
+        self._running: dict[str, tuple[int, int]] = {}
 
     @property
     def available_bytes(self) -> int:
-        """What the models in memory leave for sequences, running or not."""
-        return self._budget - self._weights_bytes
+        """What the models in memory, or on their way there, leave for sequences, running or not."""
+        return self.budget_bytes - self._weights_bytes - sum(list(self._claims.values()))
+
+    @property
+    def is_overdrawn(self) -> bool:
+        """Whether what runs takes more than is left for it, because something has a claim on it now."""
+        return self._reserved_bytes + self._peak() > self.available_bytes
+
+    def claim(self, owner: str, needed_bytes: int) -> None:
+        """Keep memory for what is about to come. Nobody is admitted to it; who has it already may keep it."""
+        self._claims[owner] = needed_bytes
+
+    def release_claim(self, owner: str) -> None:
+        """Give up a claim; nothing if there is none."""
+        self._claims.pop(owner, None)
+
+    def shortfall(self, needed_bytes: int) -> Shortfall:
+        """Return what is lacking for so many bytes more."""
+        ever = needed_bytes - self.available_bytes
+        return Shortfall(ever + self._reserved_bytes + self._peak(), ever)
 
     def set_model(self, name: str, footprint: Footprint) -> None:
         """Count a model in. It is in memory already, so this cannot fail; nobody is admitted until it fits.
@@ -92,6 +127,15 @@ class MemoryBudget(Generic[ItemT]):
         """
         return self.needed(model, prompt_tokens, max_tokens) <= self.available_bytes
 
+    def could_ever(self, model: str, prompt_tokens: int, max_tokens: int) -> bool:
+        """Return whether a sequence fits beside its own model, when every other one has left memory.
+
+        Raises:
+            KeyError: the model is not known.
+        """
+        alone = self.budget_bytes - self._models[model].weights
+        return self.needed(model, prompt_tokens, max_tokens) <= alone
+
     def reserve(self, item: ItemT) -> bool:
         """Return whether an item may run, and if so keep its memory until `release`; twice is once.
 
@@ -106,7 +150,8 @@ class MemoryBudget(Generic[ItemT]):
             return False
         self._reserved[item] = projected
         self._reserved_bytes += projected
-        self._running[item.model] = self._running.get(item.model, 0) + 1
+        count, kv = self._running.get(item.model, (0, 0))
+        self._running[item.model] = (count + 1, kv + projected)
         return True
 
     def release(self, item: ItemT) -> bool:
@@ -115,16 +160,28 @@ class MemoryBudget(Generic[ItemT]):
         if projected is None:
             return False
         self._reserved_bytes -= projected
-        self._running[item.model] -= 1
-        if not self._running[item.model]:
-            del self._running[item.model]
+        count, kv = self._running.pop(item.model)
+        if count > 1:
+            self._running[item.model] = (count - 1, kv - projected)
         return True
 
     def report(self) -> MemoryReport:
         """Return the state of the budget."""
         reserved = self._reserved_bytes + self._peak()
-        free = max(self.available_bytes - reserved, 0)
-        return MemoryReport(self._budget, self._weights_bytes, reserved, free)
+        available = self.available_bytes
+        claimed = self.budget_bytes - self._weights_bytes - available
+        return MemoryReport(
+            self.budget_bytes,
+            self._weights_bytes,
+            claimed,
+            reserved,
+            max(available - reserved, 0),
+            tuple((name, kv) for name, (_, kv) in list(self._running.items())),
+        )
+
+    def footprint(self, model: str) -> Footprint | None:
+        """Return what a model takes; None if it is not known."""
+        return self._models.get(model)
 
     def _peak(self) -> int:
         # A copy, because another thread may be asking.

@@ -54,7 +54,7 @@ class Waiting(Generic[ItemT]):
     """Decides who runs next; see above. Costs O(lanes + owners who wait), however many wait."""
 
     def __init__(self, ageing_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._ageing_seconds = ageing_seconds
+        self.ageing_seconds = ageing_seconds
         self._clock = clock
         self._lanes: dict[tuple[str, Priority], Lane[ItemT]] = {}
         self._places: dict[ItemT, tuple[str, Priority]] = {}
@@ -133,7 +133,7 @@ class Waiting(Generic[ItemT]):
     def _in_order(self, open_models: Container[str]) -> Iterator[ItemT]:
         now = self._clock()
         lanes = [lane for (model, _), lane in self._lanes.items() if model in open_models]
-        lanes.sort(key=lambda lane: lane.rank(now, self._ageing_seconds))
+        lanes.sort(key=lambda lane: lane.rank(now, self.ageing_seconds))
         return chain.from_iterable(lanes)
 
     def _take(self, item: ItemT, open_models: Container[str]) -> ItemT:

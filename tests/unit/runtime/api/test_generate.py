@@ -8,12 +8,13 @@ from typing import Any, cast
 
 import anyio
 import pytest
+from msgspec import UNSET
 
 from mlx_sidecar.protocol import messages as m
 from mlx_sidecar.protocol.errors import InvalidParams, Overloaded, SidecarError
 from mlx_sidecar.runtime.api.generate import GenerateApi
 from mlx_sidecar.runtime.engine.sequence import Emission, Sequence
-from mlx_sidecar.runtime.models.loaded import LoadedModel
+from mlx_sidecar.runtime.models.loaded import LoadedModel, Use
 from mlx_sidecar.runtime.pool import Pool
 from mlx_sidecar.runtime.scheduling.priority import Priority
 from mlx_sidecar.runtime.server.connection import Call
@@ -57,18 +58,30 @@ class Registry:
     """Has one model, once its load is done."""
 
     def __init__(self, folder: Path) -> None:
-        self.model = LoadedModel("m")
         self.loaded = anyio.Event()
         phases = m.LoadPhases(runtime_ms=0, weights_ms=0, warmup_ms=0)
         facts = m.LoadResult(
             model="m", state="ready", dtype="float32", parameters=1, context_length=256, vocabulary=271,
             bytes=1, load_ms=0, phases=phases,
         )  # fmt: skip
-        self.model.become_ready(ModelTokenizer(folder), facts)
+        self.model = LoadedModel("m", "m", ModelTokenizer(folder), facts)
 
-    async def ready(self, _: str) -> LoadedModel:
+    @asynccontextmanager
+    async def using(self, _: str, adapter: str | None) -> AsyncGenerator[tuple[LoadedModel, list[Use]]]:
         await self.loaded.wait()
-        return self.model
+        with self.model.in_use(adapter) as uses:
+            yield self.model, uses
+
+
+class Housekeeping:
+    """Refuses requests when a test says so."""
+
+    def __init__(self) -> None:
+        self.refuses: SidecarError | None = None
+
+    def check(self) -> None:
+        if self.refuses is not None:
+            raise self.refuses
 
 
 class Bench:
@@ -79,7 +92,14 @@ class Bench:
         self.registry = Registry(folder)
         self.counters = Counters()
         self.pool = Pool(1)
-        self.api = GenerateApi(cast(Any, self.registry), cast(Any, self.engine), self.pool, self.counters)
+        self.housekeeping = Housekeeping()
+        self.api = GenerateApi(
+            cast(Any, self.registry),
+            cast(Any, self.engine),
+            self.pool,
+            self.counters,
+            cast(Any, self.housekeeping),
+        )
         self.outcomes: list[m.GenerateResult | SidecarError] = []
         self.tasks = anyio.create_task_group()
 
@@ -204,7 +224,7 @@ async def test_a_deadline_ends_a_request_that_waits_to_be_tokenized(tiny_model: 
         free = threading.Event()
         b.tasks.start_soon(b.pool.run, free.wait)
         try:
-            b.ask(tokens=m.UNSET, prompt="hello", deadline_ms=SOON)
+            b.ask(tokens=UNSET, prompt="hello", deadline_ms=SOON)
             assert refused(await b.outcome()) == too_late(SOON, never_started=True)
             assert b.engine.submitted == []
         finally:
@@ -217,8 +237,8 @@ async def test_a_deadline_ends_a_request_in_the_line_and_its_sequence(tiny_model
         await b.submitted()
         assert refused(await b.outcome()) == too_late(100, never_started=True)
         assert b.engine.cancelled == b.engine.submitted
-        assert not b.registry.model.sequences
-        assert b.registry.model.users == 0
+        assert not b.registry.model.use.sequences
+        assert b.registry.model.use.users == 0
 
 
 async def test_a_deadline_that_passes_while_it_runs_says_that_it_had_begun(tiny_model: Path) -> None:
@@ -229,7 +249,7 @@ async def test_a_deadline_that_passes_while_it_runs_says_that_it_had_begun(tiny_
         b.ask(deadline_ms=100)
         assert refused(await b.outcome()) == too_late(100, never_started=False)
         assert b.engine.cancelled == [], "the other goes on"
-        assert b.registry.model.sequences == {sequence}
+        assert b.registry.model.use.sequences == {sequence}
         b.engine.end(sequence)
         assert (await b.result()).finish_reason == "length"
 
@@ -266,7 +286,7 @@ async def test_whoever_was_cancelled_in_time_is_never_too_late(tiny_model: Path)
         ({}, {"deduplicate": False}, 2),
         ({"priority": "high"}, {"priority": "low"}, 1),
         ({"priority": "low"}, {"priority": "high"}, 2),
-        ({"tokens": m.UNSET, "prompt": "hello"}, {"tokens": m.UNSET, "prompt": "hello"}, 1),
+        ({"tokens": UNSET, "prompt": "hello"}, {"tokens": UNSET, "prompt": "hello"}, 1),
     ],
     ids=str,
 )

@@ -1,0 +1,333 @@
+"""Who is in memory. Models come one at a time, in the order they were asked for; others leave to make room.
+
+Whoever is idle leaves first. If that is not enough those in use are drained: their requests end, new ones
+wait, and when the newcomer is there they are brought back in their turn. So nothing that was asked for is
+dropped, and nobody who wants a model waits for ever.
+
+A request can be too large beside the models in memory as well. Then it is `hungry`, and others leave for it.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+import anyio
+
+from mlx_sidecar.config.settings import Settings
+from mlx_sidecar.protocol.errors import InternalError, OutOfMemory, SidecarError
+
+from ..engine.thread import InferenceThread
+from ..scheduling.memory import Shortfall
+from .adapters import bring_adapters_back
+from .entry import Attempt, Entry
+from .eviction import Plan, Resident, choose_victims, expired
+from .loaded import LoadedModel
+from .loading import Loading
+from .prediction import Predictor
+
+ResultT = TypeVar("ResultT")
+Spawn = Callable[..., object]
+Post = Callable[..., object]
+
+log = logging.getLogger("models")
+
+
+class Residency:
+    """Brings entries into memory and out of it. Lives on the event loop."""
+
+    def __init__(
+        self,
+        engine: InferenceThread,
+        loading: Loading,
+        settings: Settings,
+        entries: Mapping[str, Entry],
+        spawn: Spawn,
+        post: Post,
+        forget: Callable[[Entry], None],
+    ) -> None:
+        self.predictor = Predictor()
+        self.evicted = self.expired = self.brought_back = 0
+        self._engine = engine
+        self._loading = loading
+        self._settings = settings
+        self._entries = entries
+        self._spawn = spawn
+        self._forget = forget
+        self._turn = anyio.Lock()
+        self._news = anyio.Event()
+        self._hungry: dict[str, int] = {}
+        self._departing = 0
+        self._keys = 0
+        engine.on_hungry = lambda key, needed: post(self._take_hunger, key, needed)
+
+    def start(self, entry: Entry) -> Attempt:
+        """Begin to bring an entry into memory; several that are begun come one after the other."""
+        attempt = entry.attempt = Attempt()
+        entry.become("queued")
+        self._spawn(self._bring, entry, attempt)
+        return attempt
+
+    async def renew(self, entry: Entry, attempt: Attempt) -> LoadedModel:
+        """Bring another version of an entry into memory, beside the one that serves, and let it take over.
+
+        Returns:
+            the old version; see `depart`.
+
+        Raises:
+            SidecarError: why the old version stays.
+        """
+        entry.busy += 1  # It must not leave to make room for itself.
+        try:
+            async with self._turn:
+                new = await self._load(entry, attempt)
+        finally:
+            entry.busy -= 1
+        old = entry.model
+        assert old is not None
+        entry.model = new
+        entry.loads += 1
+        return old
+
+    async def depart(self, model: LoadedModel) -> None:
+        """Give a model's memory back when its last request has ended."""
+        self._departing += 1
+        # Once begun it runs to its end, whoever stops waiting for it: half of it is no state.
+        with anyio.CancelScope(shield=True):
+            try:
+                await model.use.ended()
+                await self._on_engine(lambda: self._engine.detach(model.key))
+            finally:
+                self._departing -= 1
+                self._wake()
+
+    async def evict(self, entry: Entry) -> bool:
+        """Let an idle entry leave memory until it is asked for; return whether it was idle."""
+        model = entry.model
+        if model is None or not entry.is_idle:
+            return False
+        await self._give_up(entry, model)
+        return True
+
+    async def evict_expired(self) -> None:
+        """Let those leave that nobody has used for their time to live."""
+        ttl_ms = self._settings.model_ttl_ms
+        default = None if ttl_ms is None else ttl_ms / 1000
+        for name in expired(self._residents(), time.monotonic(), default):
+            if await self.evict(self._entries[name]):
+                self.expired += 1
+                log.info("%s was not used and left memory", name)
+
+    async def evict_oldest(self) -> bool:
+        """Let the idle model that was not used for longest leave; return whether there was one."""
+        idle = [entry for entry in self._entries.values() if entry.is_idle and not entry.pinned]
+        if not idle or not self._settings.evict_models:
+            return False
+        evicted = await self.evict(min(idle, key=lambda entry: entry.last_used))
+        self.evicted += evicted
+        return evicted
+
+    async def free_bytes(self) -> int:
+        """Return what is free for another model now."""
+        return -(await self._shortfall(0)).now
+
+    async def claim_for_adapter(self, entry: Entry, key: str, needed: int) -> None:
+        """Keep memory for an adapter of a model, until the claim `key` is released.
+
+        Raises:
+            OutOfMemory: there is no room, and none can be made.
+        """
+        async with self._turn:
+            await self._make_room(entry, key, needed)
+
+    async def _bring(self, entry: Entry, attempt: Attempt) -> None:
+        returning = entry.model is not None
+        error: SidecarError | None = InternalError()
+        try:
+            with attempt.scope:
+                async with self._turn:
+                    entry.become("loading")
+                    entry.model = await self._load(entry, attempt)
+                error = None
+        except SidecarError as failure:
+            error = failure
+        except Exception:
+            log.exception("loading %s failed", entry.name)
+        finally:
+            cancelled = attempt.scope.cancelled_caught
+            entry.attempt, entry.failure = None, None if cancelled else error
+            if error is None:
+                entry.loads += 1
+                self.brought_back += returning
+                entry.become("ready")
+            elif returning:
+                entry.become("evicted")
+            else:
+                entry.become("unloaded" if cancelled else "failed")
+                if cancelled:
+                    self._forget(entry)
+            attempt.end(entry.failure)
+
+    async def _load(self, entry: Entry, attempt: Attempt) -> LoadedModel:
+        self._keys += 1
+        # The engine knows each version by a name of its own, and the first by what it is called.
+        key = entry.name if entry.model is None else f"{entry.name}#{self._keys}"
+        make_room = partial(self._make_room, entry, key)
+        model = await self._loading.load(entry, key, attempt.watch, make_room)
+        model.use.on_idle = self._wake
+        try:
+            if entry.model is not None:
+                await bring_adapters_back(self._engine, self._loading, entry.model, model)
+        except BaseException:
+            self._engine.run(lambda: self._engine.detach(key))
+            raise
+        return model
+
+    async def _make_room(self, entry: Entry, key: str, needed: int) -> None:
+        """Claim memory for `key`, once others have left it.
+
+        Raises:
+            OutOfMemory: what is pinned, or may not be evicted, leaves too little.
+        """
+        while (gap := await self._shortfall(needed)).now > 0:
+            idle = self._plan(gap.now, entry, idle_only=True)
+            if idle.possible:
+                await self._settle(idle, entry)
+                continue
+            if gap.ever <= 0:
+                break  # The rest is held by requests, which end by themselves.
+            plan = self._plan(gap.ever, entry)
+            if plan.possible:
+                await self._settle(plan, entry)
+            elif self._departing:
+                await self._next_news()
+            else:
+                movable = sum(one.bytes for one in self._residents(entry) if not one.pinned)
+                if not self._settings.evict_models:
+                    movable = 0
+                raise OutOfMemory(needed, max(needed - gap.ever + movable, 0), model=entry.name)
+        try:
+            await asyncio.wrap_future(self._engine.claim(key, needed))
+        except BaseException:
+            self._engine.release_claim(key)
+            raise
+
+    async def _settle(self, plan: Plan, protected: Entry | None) -> None:
+        """Carry a plan out, and feed whoever is hungry on the way."""
+        draining = {self._entries[name] for name in (*plan.evict, *plan.drain)}
+        for entry in draining:
+            entry.become("draining")
+        try:
+            while draining or self._hungry:
+                for entry in [entry for entry in draining if not _used(entry)]:
+                    draining.discard(entry)
+                    await self._evict_drained(entry)
+                for key in list(self._hungry):
+                    await self._feed(key, draining, protected)
+                if draining and all(_used(entry) for entry in draining):
+                    await self._next_news()
+        finally:
+            for entry in draining:
+                entry.become("ready")
+
+    async def _evict_drained(self, entry: Entry) -> None:
+        assert entry.model is not None
+        await self._give_up(entry, entry.model)
+        self.evicted += 1
+        log.info("%s left memory to make room", entry.name)
+
+    async def _feed(self, key: str, draining: set[Entry], protected: Entry | None) -> None:
+        """Let others leave so that a request to the model `key` has room; refuse it if that cannot be."""
+        gap = await self._shortfall(self._hungry[key], beside=key)
+        if gap.ever <= 0:
+            self._hungry.pop(key, None)
+            return
+        own = next((entry for entry in self._entries.values() if _key(entry) == key), None)
+        others = [entry for entry in (own, protected, *draining) if entry is not None]
+        plan = self._plan(gap.ever, *others)
+        coming = sum(self._bytes(entry) for entry in draining if entry is not own)
+        if plan.possible:
+            more = {self._entries[name] for name in (*plan.evict, *plan.drain)}
+            for entry in more:
+                entry.become("draining")
+            draining |= more
+        elif coming < gap.ever and not self._departing:
+            self._hungry.pop(key, None)
+            await self._on_engine(self._engine.refuse_hopeless)
+        elif not draining:
+            await self._next_news()
+
+    async def _give_up(self, entry: Entry, model: LoadedModel) -> None:
+        with anyio.CancelScope(shield=True):
+            entry.become("unloading")
+            await self._on_engine(lambda: self._engine.detach(model.key))
+            self.predictor.note_evicted(entry.name, time.monotonic())
+            entry.become("evicted")
+
+    def _take_hunger(self, key: str, needed: int) -> None:
+        self._hungry[key] = max(needed, self._hungry.get(key, 0))
+        self._wake()
+        self._spawn(self._feed_hungry)
+
+    async def _feed_hungry(self) -> None:
+        async with self._turn:
+            await self._settle(Plan([], [], possible=True), None)
+
+    def _plan(self, missing: int, *protected: Entry, idle_only: bool = False) -> Plan:
+        if not self._settings.evict_models:
+            return Plan([], [], possible=missing <= 0)
+        residents = [one for one in self._residents(*protected) if not (idle_only and one.in_use)]
+        return choose_victims(residents, missing, 0)
+
+    def _residents(self, *without: Entry) -> list[Resident]:
+        now = time.monotonic()
+        predicts = self._settings.predictive_preload
+        return [
+            Resident(
+                name=entry.name,
+                bytes=self._bytes(entry),
+                last_used=entry.last_used,
+                in_use=not entry.is_idle,
+                pinned=entry.pinned,
+                next_use=self.predictor.next_use(entry.name, now) if predicts else None,
+                ttl=_own_ttl(entry),
+            )
+            for entry in self._entries.values()
+            if entry.state == "ready" and entry not in without
+        ]
+
+    def _bytes(self, entry: Entry) -> int:
+        key = _key(entry)
+        footprint = None if key is None else self._engine.footprint(key)
+        return 0 if footprint is None else footprint.weights
+
+    def _wake(self) -> None:
+        news, self._news = self._news, anyio.Event()
+        news.set()
+
+    async def _next_news(self) -> None:
+        await self._news.wait()
+
+    async def _shortfall(self, needed: int, beside: str | None = None) -> Shortfall:
+        return await self._on_engine(lambda: self._engine.shortfall(needed, beside))
+
+    async def _on_engine(self, work: Callable[[], ResultT]) -> ResultT:
+        return await asyncio.wrap_future(self._engine.run(work))
+
+
+def _key(entry: Entry) -> str | None:
+    return None if entry.model is None else entry.model.key
+
+
+def _used(entry: Entry) -> bool:
+    return entry.model is not None and entry.model.use.users > 0
+
+
+def _own_ttl(entry: Entry) -> float | None:
+    """Return the time to live that an entry has been given; infinity is never, None is none of its own."""
+    own: Any = entry.ttl_ms
+    if own is None:
+        return float("inf")
+    return own / 1000 if isinstance(own, int) else None
