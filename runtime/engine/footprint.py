@@ -8,16 +8,25 @@ from ..scheduling.memory import Footprint
 from .rows import Rows
 
 
+_PASSES = 3
+
+
 def footprint(model: Any, weights_bytes: int, chunk_tokens: int, padding_bytes: int) -> Footprint:
-    """Measure a model with a forward pass of one token.
+    """Measure a model with forward passes of one token.
 
     The peak of a step is `padding_bytes`, what rows of different length may waste, and that of one token
     times the tokens of a chunk; which is more than it is, as this pass computes logits and a chunk does not.
     """
     rows = Rows(model)
+    peaks = [_peak(model, rows)]
+    per_token, fixed = rows.token_bytes()
+    # How soon a device frees what it no longer needs is a matter of luck; the least is what it needs.
+    peaks += [_peak(model, Rows(model)) for _ in range(_PASSES - 1)]
+    return Footprint(weights_bytes, per_token, fixed, padding_bytes + min(peaks) * chunk_tokens)
+
+
+def _peak(model: Any, rows: Rows) -> int:
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     mx.eval(model(mx.array([[0]]), cache=rows.layers), rows.arrays())
-    per_token, fixed = rows.token_bytes()
-    peak = max(mx.get_peak_memory() - before - rows.nbytes, 0)
-    return Footprint(weights_bytes, per_token, fixed, padding_bytes + peak * chunk_tokens)
+    return max(mx.get_peak_memory() - before - rows.nbytes, 0)

@@ -62,12 +62,18 @@ class Entry:
         self.pinned = False
         self.ttl_ms: int | UnsetType | None = UNSET
         self.leaving = False
+        self.cut = False
         self.renewals = 0
         self.busy = 0
         self.uses = 0
         self.loads = 0
         self.last_used = time.monotonic()
         self._changed = anyio.Event()
+
+    @property
+    def is_past(self) -> bool:
+        """Whether nobody can use it any more: it is being unloaded, or its load failed."""
+        return self.leaving or self.state in ("failed", "unloaded")
 
     @property
     def is_idle(self) -> bool:
@@ -77,6 +83,10 @@ class Entry:
     def become(self, state: m.ModelState) -> None:
         """Change the state, and tell whoever waits for that."""
         self.state = state
+        self.nudge()
+
+    def nudge(self) -> None:
+        """Let whoever waits for a change look again."""
         changed, self._changed = self._changed, anyio.Event()
         changed.set()
 

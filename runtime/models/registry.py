@@ -50,6 +50,8 @@ class ModelRegistry:
         self._spawn = spawn
         self._entries: dict[str, Entry] = {}
         self._aliases: dict[str, str] = {}
+        # Still on their way out, while others have their names already.
+        self._succeeded: list[Entry] = []
         self.residency = Residency(engine, loading, settings, self._entries, spawn, post, self._forget)
 
     def infos(self) -> list[m.ModelInfo]:
@@ -57,7 +59,10 @@ class ModelRegistry:
         by_model: dict[str, list[str]] = {}
         for alias, name in self._aliases.items():
             by_model.setdefault(name, []).append(alias)
-        return [self._info(entry, sorted(by_model.get(entry.name, []))) for entry in self._entries.values()]
+        leaving = [self._info(entry, []) for entry in self._succeeded if entry.state != "unloaded"]
+        return leaving + [
+            self._info(entry, sorted(by_model.get(entry.name, []))) for entry in self._entries.values()
+        ]
 
     def key_of(self, name: str) -> str | None:
         """Return what the engine calls a model; None if it has never been in memory."""
@@ -76,7 +81,7 @@ class ModelRegistry:
             ModelNotLoaded: nobody has loaded it.
         """
         entry = self._entries.get(self._aliases.get(name, name))
-        if entry is None or entry.leaving or entry.state == "failed":
+        if entry is None or entry.is_past:
             raise ModelNotLoaded(name)
         return entry
 
@@ -124,7 +129,7 @@ class ModelRegistry:
         alias = params.alias
         if not isinstance(alias, UnsetType) and alias in self._entries and alias != name:
             raise InvalidParams("alias", "is the name of another loaded model")
-        if name not in self._entries or self._entries[name].state == "failed":
+        if name not in self._entries or self._entries[name].is_past:
             self._begin(name, params)
         if not isinstance(alias, UnsetType):
             # One that leads nowhere else may be used by requests that come before the model is there.
@@ -147,6 +152,7 @@ class ModelRegistry:
                 old = await self.residency.renew(entry, attempt)
             finally:
                 entry.renewals -= 1
+                entry.nudge()
                 if old is not None:
                     self._spawn(self.residency.depart, old)
         assert entry.model is not None
@@ -164,10 +170,9 @@ class ModelRegistry:
             raise ModelNotLoaded(params.model)
         if entry.leaving:
             self._force_out(entry)
-            while self._entries.get(name) is entry:
+            while entry.state != "unloaded":
                 await entry.changed()
             return m.UnloadResult(model=name, state="unloaded")
-        await self._loaded_or_failed(entry)
         entry.leaving = True
         # Once begun an unload runs to its end, whoever stops waiting for it: half of one is no state.
         with anyio.CancelScope(shield=True):
@@ -230,10 +235,11 @@ class ModelRegistry:
 
     def _begin(self, name: str, params: m.LoadParams) -> Entry:
         failed = [entry for entry in self._entries.values() if entry.state == "failed"]
-        for old in failed:
-            if old.name == name or len(failed) > _MOST_FAILURES:
-                self._forget(old)
-                failed = failed[1:]
+        if len(failed) >= _MOST_FAILURES:
+            self._forget(failed[0])
+        if name in self._entries:
+            self._succeeded.append(self._entries[name])
+            self._forget(self._entries[name])
         entry = self._entries[name] = Entry(name, params)
         _apply(entry, params)
         self.residency.start(entry)
@@ -242,18 +248,16 @@ class ModelRegistry:
     async def _load(self, name: str, params: m.LoadParams, tell: Tell | None) -> m.LoadResult:
         while True:
             entry = self._entries.get(name)
-            if entry is None or entry.state == "failed":
+            if entry is None or entry.is_past:
                 entry = self._begin(name, params)
-            if entry.leaving:
-                await entry.changed()
-                continue
             try:
                 model = await self._ready(entry, tell)
                 break
             except _Gone:
                 continue
             except SidecarError:
-                self._drop_aliases(entry)
+                if entry.state == "failed":
+                    self._drop_aliases(entry)
                 raise
         _same_dtype(model, params)
         _apply(entry, params)
@@ -271,7 +275,9 @@ class ModelRegistry:
         entry.busy += 1
         try:
             while entry.state != "ready":
-                if entry.leaving or entry.state in ("unloaded", "failed"):
+                if entry.cut:
+                    raise Unloaded(entry.name)
+                if entry.state in ("unloaded", "failed"):
                     raise _Gone(entry.name)
                 if entry.state == "evicted":
                     self.residency.start(entry)
@@ -284,30 +290,27 @@ class ModelRegistry:
             return entry.model
         finally:
             entry.busy -= 1
-
-    async def _loaded_or_failed(self, entry: Entry) -> None:
-        while entry.attempt is not None or entry.renewals:
-            if entry.attempt is not None:
-                await entry.attempt.wait()
-            else:
-                await entry.changed()
+            entry.nudge()
 
     async def _leave(self, entry: Entry, *, force: bool) -> None:
-        while entry.state in ("draining", "unloading"):  # To make room for another.
-            if force:
-                self._force_out(entry)
+        if force:
+            self._force_out(entry)
+        # Whoever came before is still served.
+        while entry.busy or entry.attempt or entry.renewals or entry.state in ("draining", "unloading"):
             await entry.changed()
         if entry.model is not None and entry.state == "ready":
             entry.become("draining")
-            if force:
-                self._force_out(entry)
             await entry.model.use.ended()
             entry.become("unloading")
             await self.residency.depart(entry.model)
         self._forget(entry)
         entry.become("unloaded")
+        self._succeeded = [other for other in self._succeeded if other is not entry]
 
     def _force_out(self, entry: Entry) -> None:
+        entry.cut = True
+        if entry.attempt is not None:
+            entry.attempt.scope.cancel()
         if entry.model is not None:
             self._end(entry.model.force_out(), Unloaded(entry.name))
 
@@ -321,9 +324,8 @@ class ModelRegistry:
             self._drop_aliases(entry)
 
     def _drop_aliases(self, entry: Entry) -> None:
-        if entry.model is None or self._entries.get(entry.name) is not entry:
-            for alias in [alias for alias, name in self._aliases.items() if name == entry.name]:
-                del self._aliases[alias]
+        for alias in [alias for alias, name in self._aliases.items() if name == entry.name]:
+            del self._aliases[alias]
 
     def _info(self, entry: Entry, aliases: list[str]) -> m.ModelInfo:
         info = entry.info(self._settings.model_ttl_ms, aliases)

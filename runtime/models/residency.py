@@ -85,6 +85,7 @@ class Residency:
                 new = await self._load(entry, attempt)
         finally:
             entry.busy -= 1
+            entry.nudge()
         old = entry.model
         assert old is not None
         entry.model = new
@@ -172,8 +173,8 @@ class Residency:
 
     async def _load(self, entry: Entry, attempt: Attempt) -> LoadedModel:
         self._keys += 1
-        # The engine knows each version by a name of its own, and the first by what it is called.
-        key = entry.name if entry.model is None else f"{entry.name}#{self._keys}"
+        # While one version leaves memory another may be on its way there.
+        key = f"{entry.name}#{self._keys}"
         make_room = partial(self._make_room, entry, key)
         model = await self._loading.load(entry, key, attempt.watch, make_room)
         model.use.on_idle = self._wake
