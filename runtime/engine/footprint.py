@@ -7,7 +7,6 @@ import mlx.core as mx
 from ..scheduling.memory import Footprint
 from .rows import Rows
 
-
 _PASSES = 3
 
 

@@ -237,9 +237,10 @@ class ModelRegistry:
         failed = [entry for entry in self._entries.values() if entry.state == "failed"]
         if len(failed) >= _MOST_FAILURES:
             self._forget(failed[0])
-        if name in self._entries:
-            self._succeeded.append(self._entries[name])
-            self._forget(self._entries[name])
+        if (old := self._entries.get(name)) is not None:
+            self._forget(old)
+            if old.leaving:
+                self._succeeded.append(old)
         entry = self._entries[name] = Entry(name, params)
         _apply(entry, params)
         self.residency.start(entry)
