@@ -49,10 +49,11 @@ check: $(DONE)/install $(DONE)/node_modules ## ruff, pyright, tsc, clang-format
 	@cd $(TS) && npx --no-install tsc
 
 .PHONY: generate
-generate: $(DONE)/install $(DONE)/node_modules ## write what is made from the protocol's types
+generate: $(DONE)/install $(DONE)/node_modules ## write what is made from the types of protocol and settings
 	@mkdir -p build
 	@$(BIN)/mlx-sidecar schema > build/openrpc.json && mv build/openrpc.json protocol/openrpc.json
 	@$(BIN)/mlx-sidecar schema --format markdown > build/protocol.md && mv build/protocol.md docs/protocol.md
+	@$(BIN)/mlx-sidecar config --default > build/runtime.yaml && mv build/runtime.yaml config/runtime.yaml
 	@cd $(TS) && node scripts/generate.mjs
 
 .PHONY: format

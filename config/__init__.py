@@ -1,5 +1,5 @@
 """Typed settings: every default with its unit and its reason.
 
-Lives here: what can be set, and how the environment and flags override the defaults.
-Does not live here: what a setting does; each part is handed the values it needs.
+Lives here: what can be set; how a file, the environment and flags override the defaults; when a file changed.
+Does not live here: what a setting does. All parts hold the same `Settings` and read there what they need.
 """

@@ -66,7 +66,7 @@ request. The server never sends a batch of its own accord.
 2. `capabilities` in its answer maps features to true: `streaming`, `cancel`, `batch`, `flowControl`.
 3. `shutdown` cancels what the connection has in flight and is answered behind it; a request after it gets
    `shutting_down`. The notification `exit` then ends the connection. Closing the input is as good: what was
-   accepted may run on for `--eof-grace` seconds, so `mlx-sidecar serve < requests` gives every answer.
+   accepted may run on for `--eof-grace-ms`, so `mlx-sidecar serve < requests` gives every answer.
 4. A sidecar that serves one host ends with the connection, and with the process that `processId` names. One
    that listens outlives its connections and ends by SIGTERM or SIGINT.
 5. A connection that breaks cancels what it had in flight. Nothing can be taken up again on another.

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import anyio
 
-from mlx_sidecar.config.settings import Settings
+from mlx_sidecar.config.layers import Effective
 from mlx_sidecar.native.blas import Blas
 from mlx_sidecar.native.pages import Pages
 from mlx_sidecar.protocol import messages as m
@@ -24,6 +24,9 @@ from .api.stats import StatsApi
 from .api.tokens import TokensApi
 from .engine.sequence import Emission
 from .engine.thread import InferenceThread
+from .models.housekeeping import Housekeeping
+from .models.loading import Loading
+from .models.preloading import Preloading
 from .models.registry import ModelRegistry
 from .models.store import ModelStore
 from .pool import Pool
@@ -44,7 +47,9 @@ from .server.lifecycle import (
 )
 from .server.peer import Peer, PeerEvent
 from .server.unix_socket import Listener
+from .settings_watch import watch_settings
 from .telemetry.counters import Counters
+from .telemetry.logs import adjust_log
 from .telemetry.vitals import Vitals
 
 log = logging.getLogger("app")
@@ -52,28 +57,28 @@ log = logging.getLogger("app")
 _ENGINE_STOP_SECONDS = 2.0
 
 
-def serve_host(settings: Settings, vitals: Vitals, host: Peer) -> int:
+def serve_host(effective: Effective, vitals: Vitals, host: Peer) -> int:
     """Serve one host until one of us ends; return the exit code."""
-    return _run(settings, vitals, lambda app: app.serve_host(host))
+    return _run(effective, vitals, lambda app: app.serve_host(host))
 
 
 def serve_guests(
-    settings: Settings,
+    effective: Effective,
     vitals: Vitals,
     listener: Listener,
     framing: Framing | None,
     on_ready: Callable[[], None],
 ) -> int:
     """Serve whoever connects, until a signal; return the exit code. `on_ready` is called when we do."""
-    return _run(settings, vitals, lambda app: app.serve_guests(listener, framing, on_ready))
+    return _run(effective, vitals, lambda app: app.serve_guests(listener, framing, on_ready))
 
 
-def _run(settings: Settings, vitals: Vitals, serve: "Callable[[App], None]") -> int:
-    return anyio.run(_serve, settings, vitals, serve, backend_options={"use_uvloop": True})
+def _run(effective: Effective, vitals: Vitals, serve: "Callable[[App], None]") -> int:
+    return anyio.run(_serve, effective, vitals, serve, backend_options={"use_uvloop": True})
 
 
-async def _serve(settings: Settings, vitals: Vitals, serve: "Callable[[App], None]") -> int:
-    app = App(settings, vitals)
+async def _serve(effective: Effective, vitals: Vitals, serve: "Callable[[App], None]") -> int:
+    app = App(effective, vitals)
     ending = await app.run(serve)
     log.info("ending: %s", ending.reason)
     could_not_work = vitals.state == "failed" and ending.exit_code == 0
@@ -84,8 +89,9 @@ async def _serve(settings: Settings, vitals: Vitals, serve: "Callable[[App], Non
 class App:
     """The parts of one process, and how they are joined. Built and run on the event loop."""
 
-    def __init__(self, settings: Settings, vitals: Vitals) -> None:
-        self._settings = settings
+    def __init__(self, effective: Effective, vitals: Vitals) -> None:
+        self._effective = effective
+        self._settings = effective.settings
         self._vitals = vitals
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()
@@ -105,15 +111,20 @@ class App:
         async with self._tasks:
             await self._tasks.start(watch_signals, self._lifecycle.end)
             self._tasks.start_soon(
-                watch_engine, self._vitals.last_step_age_ms, self._settings.stall_seconds, self._on_stall
+                watch_engine, self._vitals.last_step_age_ms, lambda: self._settings.stall_ms, self._on_stall
             )
+            self._tasks.start_soon(watch_settings, self._effective, self._apply_settings)
+            if self._settings.models_preload:
+                self.engine.start()
+            for work in self._background:
+                self._tasks.start_soon(work)
             serve(self)
             await self._drain()
             self._over = True
             self._tasks.cancel_scope.cancel()
         ending = await self._lifecycle.wait()
         # Who only stopped talking may still be reading: `serve < requests.jsonl | something slow`.
-        patience = max(FLUSH_SECONDS, self._settings.eof_grace_seconds) if ending.grace else FLUSH_SECONDS
+        patience = max(FLUSH_SECONDS, self._settings.eof_grace_ms / 1000) if ending.grace else FLUSH_SECONDS
         deadline = time.monotonic() + patience
         for connection in self._connections():
             connection.flush()
@@ -148,8 +159,7 @@ class App:
             open_connection,
             self._post,
             self._tasks,
-            grace_seconds=self._settings.eof_grace_seconds,
-            max_connections=self._settings.max_connections,
+            self._settings,
         )
         self._guests.start(lambda: self._lifecycle.end(LISTENING_FAILED))
         on_ready()
@@ -168,19 +178,38 @@ class App:
     def _build(self, blas: Blas, pages: Pages, counters: Counters) -> dict[str, Handler]:
         pool = Pool(self._settings.tokenizer_threads)
         store = ModelStore(self._settings.home)
-        registry = ModelRegistry(self.engine, store, pages, pool, self._settings)
+        loading = Loading(self.engine, store, pages, pool, self._settings)
+        registry = ModelRegistry(self.engine, loading, self._settings, self._tasks.start_soon, self._post)
+        housekeeping = Housekeeping(registry, self.engine, pages, self._settings)
+        self._background = [housekeeping.run, Preloading(registry, self._settings).run]
         models = ModelsApi(registry)
         tokens = TokensApi(registry, pool)
+        generate = GenerateApi(registry, self.engine, pool, counters, housekeeping)
+        stats = StatsApi(
+            self.engine, registry, counters, blas, pages, self._settings, self._vitals, housekeeping
+        )
         return {
             "shutdown": shutdown,
             "load": models.load,
+            "reload": models.reload,
             "unload": models.unload,
+            "alias": models.alias,
             "models": models.models,
-            "generate": GenerateApi(registry, self.engine, pool, counters).generate,
+            "loadAdapter": models.load_adapter,
+            "unloadAdapter": models.unload_adapter,
+            "generate": generate.generate,
             "tokenize": tokens.tokenize,
             "detokenize": tokens.detokenize,
-            "stats": StatsApi(self.engine, registry, counters, blas, pages, self._vitals).stats,
+            "stats": stats.stats,
         }
+
+    async def _apply_settings(self, changed: set[str]) -> None:
+        if changed & {"log_level", "log_format"}:
+            adjust_log(self._settings.log_level, self._settings.log_format)
+        # The others read them where they use them.
+        reconfigured = self.engine.run(self.engine.reconfigure)
+        if self._vitals.state == "ready":  # Else nobody may ever start it, or wait for it.
+            await asyncio.wrap_future(reconfigured)
 
     def _deliver(self, emissions: list[Emission]) -> None:
         """Take a step's emissions, on the inference thread.
@@ -203,7 +232,7 @@ class App:
         self._post(self._lifecycle.end, engine_died(error))
 
     def _on_stall(self) -> None:
-        log.critical("no step has ended for %s s; the process ends", self._settings.stall_seconds)
+        log.critical("no step has ended for %d ms; the process ends", self._settings.stall_ms)
         self.engine.abandon()
         # Behind the failures that have just been delivered.
         self._post(self._lifecycle.end, ENGINE_STALLED)
@@ -226,7 +255,7 @@ class App:
         """Wait for a reason to end; then let the accepted requests end, by themselves or cancelled."""
         ending = await self._lifecycle.wait()
         if ending.grace and self._host is not None:
-            with anyio.move_on_after(self._settings.eof_grace_seconds):
+            with anyio.move_on_after(self._settings.eof_grace_ms / 1000):
                 await self._settled_or_hurried(self._host, ending)
         connections = self._connections()
         for connection in connections:

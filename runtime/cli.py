@@ -6,20 +6,25 @@ from typing import NoReturn
 
 from mlx_sidecar.protocol.version import VERSION
 
-from .commands import models, protocol, serve
+from .commands import serve
 
 
 def main() -> NoReturn:
     """Run `mlx-sidecar` with the arguments of the process."""
-    arguments = _parser().parse_args()
+    arguments = _parser(sys.argv[1:2]).parse_args()
     sys.exit(arguments.run(arguments))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(first: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx-sidecar", description="A JSON-RPC sidecar runtime for MLX.")
     parser.add_argument("--version", action="version", version=VERSION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve.add_command(commands)
-    models.add_commands(commands)
-    protocol.add_commands(commands)
+    # Whoever starts a server waits for it, and not for the arguments of other commands.
+    if first != ["serve"]:
+        from .commands import config, models, protocol
+
+        models.add_commands(commands)
+        config.add_command(commands)
+        protocol.add_commands(commands)
     return parser

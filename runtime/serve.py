@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, NoReturn
 from msgspec import Struct
 from msgspec.json import encode
 
+from mlx_sidecar.config.layers import Effective, SettingsSource
 from mlx_sidecar.config.settings import Settings
+from mlx_sidecar.config.values import ConfigError
 from mlx_sidecar.protocol.framing import Framing
 
 from .server import exit_codes
@@ -34,7 +36,7 @@ class Endpoint(Struct, frozen=True):
     framing: Framing | None = None
 
 
-def serve(settings: Settings, endpoint: Endpoint) -> NoReturn:
+def serve(source: SettingsSource, endpoint: Endpoint) -> NoReturn:
     """Serve until there is a reason to end, and end the process with its exit code."""
     # First of all: whatever an import prints must not reach the wire.
     wire = claim_stdio()
@@ -43,7 +45,7 @@ def serve(settings: Settings, endpoint: Endpoint) -> NoReturn:
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)  # None if it was closed when we were started.
     exit_code = exit_codes.INTERNAL_ERROR
     try:
-        exit_code = _serve(settings, endpoint, wire)
+        exit_code = _serve(source, endpoint, wire)
     except BaseException as error:
         import traceback
 
@@ -60,49 +62,54 @@ def serve(settings: Settings, endpoint: Endpoint) -> NoReturn:
     os._exit(exit_code)
 
 
-def _serve(settings: Settings, endpoint: Endpoint, wire: Wire) -> int:
+def _serve(source: SettingsSource, endpoint: Endpoint, wire: Wire) -> int:
+    try:
+        effective = source.read()
+    except ConfigError as error:
+        sys.stderr.write(f"mlx-sidecar: {error}\n")
+        return exit_codes.USAGE
     from .server.channel import Channel
 
     if endpoint == Endpoint(framing=endpoint.framing):
-        return _serve_host(settings, Channel(wire.read, wire.write), endpoint.framing)
+        return _serve_host(effective, Channel(wire.read, wire.write), endpoint.framing)
     from .server.unix_socket import AlreadyServed, Listener, SocketError, connect
 
     try:
         if endpoint.pipe is not None:
-            return _serve_host(settings, Channel.over(connect(endpoint.pipe)), endpoint.framing)
+            return _serve_host(effective, Channel.over(connect(endpoint.pipe)), endpoint.framing)
         listener = Listener.bind(endpoint.listen) if endpoint.listen else Listener.adopt(os.environ)
     except SocketError as error:
         sys.stderr.write(f"mlx-sidecar: {error}\n")
         return exit_codes.ALREADY_SERVED if isinstance(error, AlreadyServed) else exit_codes.USAGE
     try:
-        return _serve_guests(settings, listener, endpoint.framing, _announcement(listener, wire))
+        return _serve_guests(effective, listener, endpoint.framing, _announcement(listener, wire))
     finally:
         listener.close()
 
 
-def _serve_host(settings: Settings, channel: "Channel", framing: Framing | None) -> int:
+def _serve_host(effective: Effective, channel: "Channel", framing: Framing | None) -> int:
     from .api.presence import PresenceApi
     from .server.peer import Peer
     from .telemetry.vitals import Vitals
 
-    _start_log(settings)
+    _start_log(effective.settings)
     vitals = Vitals()
     host = Peer(channel, PresenceApi(vitals).methods(), framing, vitals.pulses)
     host.greet()
     host.start()
     from .app import serve_host
 
-    return serve_host(settings, vitals, host)
+    return serve_host(effective, vitals, host)
 
 
 def _serve_guests(
-    settings: Settings, listener: "Listener", framing: Framing | None, on_ready: Callable[[], None]
+    effective: Effective, listener: "Listener", framing: Framing | None, on_ready: Callable[[], None]
 ) -> int:
     from .app import serve_guests
     from .telemetry.vitals import Vitals
 
-    _start_log(settings)
-    return serve_guests(settings, Vitals(), listener, framing, on_ready)
+    _start_log(effective.settings)
+    return serve_guests(effective, Vitals(), listener, framing, on_ready)
 
 
 def _start_log(settings: Settings) -> None:

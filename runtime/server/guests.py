@@ -8,6 +8,8 @@ from collections.abc import Callable
 import anyio
 from anyio.abc import TaskGroup
 
+from mlx_sidecar.config.settings import Settings
+
 from .channel import Channel
 from .connection import Connection, OnEvent
 from .peer import PeerEvent
@@ -25,7 +27,7 @@ class Guests:
     """Everybody who comes through `listener`.
 
     `open_connection` makes a running connection out of a channel; `post` calls a function on the event loop.
-    After a guest's last word its requests may run for `grace_seconds`, unless it is gone altogether.
+    After a guest's last word its requests may run for `eof_grace_ms`, unless it is gone altogether.
     """
 
     def __init__(
@@ -34,15 +36,12 @@ class Guests:
         open_connection: Callable[[Channel, OnEvent], Connection],
         post: Post,
         tasks: TaskGroup,
-        *,
-        grace_seconds: float,
-        max_connections: int,
+        settings: Settings,
     ) -> None:
         self._listener = listener
         self._open_connection = open_connection
         self._post = post
-        self._grace = grace_seconds
-        self._max = max_connections
+        self._settings = settings
         self._tasks = tasks
         self.present: set[Connection] = set()
         self._leaving: set[Connection] = set()
@@ -63,8 +62,8 @@ class Guests:
             self._post(self._on_failure)
 
     def _let_in(self, client: socket.socket) -> None:
-        if len(self.present) >= self._max:
-            log.warning("a client was turned away: %d are connected", self._max)
+        if len(self.present) >= self._settings.max_connections:
+            log.warning("a client was turned away: %d are connected", len(self.present))
             client.close()
             return
         channel = Channel.over(client)
@@ -92,7 +91,7 @@ class Guests:
             self._tasks.start_soon(self._see_off, guest)
 
     async def _see_off(self, guest: Connection) -> None:
-        with anyio.move_on_after(self._grace):
+        with anyio.move_on_after(self._settings.eof_grace_ms / 1000):
             await guest.settled()
         guest.cancel_all()
         with anyio.move_on_after(CANCEL_SECONDS):

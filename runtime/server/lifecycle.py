@@ -102,11 +102,11 @@ async def watch_host(process_id: int, end: Callable[[Ending], None]) -> None:
 
 
 async def watch_engine(
-    step_age_ms: Callable[[], float | None], stall_seconds: float, on_stall: Callable[[], None]
+    step_age_ms: Callable[[], float | None], stall_ms: Callable[[], float], on_stall: Callable[[], None]
 ) -> None:
-    """Call `on_stall` when a step takes longer than `stall_seconds`. `step_age_ms` is None between steps."""
-    while (step_age_ms() or 0) < stall_seconds * 1000:
-        await anyio.sleep(min(_ENGINE_POLL_SECONDS, stall_seconds / 4))
+    """Call `on_stall` when a step takes longer than `stall_ms`. `step_age_ms` is None between steps."""
+    while (step_age_ms() or 0) < stall_ms():
+        await anyio.sleep(min(_ENGINE_POLL_SECONDS, stall_ms() / 4000))
     on_stall()
 
 

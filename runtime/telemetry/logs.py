@@ -18,9 +18,16 @@ _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 def start_log(level: LogLevel, layout: LogFormat, descriptor: int = _STDERR) -> None:
     """Send every record of at least `level` to stderr, one line each if `layout` is "json"."""
-    handler = _Unhurried(descriptor)
-    handler.setFormatter(_JsonLines() if layout == "json" else logging.Formatter(_TEXT))
-    logging.basicConfig(handlers=[handler], level=level.upper())
+    logging.basicConfig(handlers=[_Unhurried(descriptor)])
+    adjust_log(level, layout)
+
+
+def adjust_log(level: LogLevel, layout: LogFormat) -> None:
+    """Change what is logged from now on, and how."""
+    root = logging.getLogger()
+    root.setLevel(level.upper())
+    for handler in root.handlers:
+        handler.setFormatter(_JsonLines() if layout == "json" else logging.Formatter(_TEXT))
 
 
 def finish_log() -> None:

@@ -107,7 +107,7 @@ def test_a_batch_in_headers_is_answered_in_headers() -> None:
 
 def test_an_unfinished_batch_is_answered_whole_when_the_input_ends(tiny_model: Path) -> None:
     model = str(tiny_model)
-    with Wire("--eof-grace", "60") as wire:
+    with Wire("--eof-grace-ms", "60000") as wire:
         wire.initialize()
         wire.result("load", model=model)
         wire.write(

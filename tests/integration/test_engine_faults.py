@@ -10,7 +10,7 @@ from support.wire import Wire
 SERVER = str(Path(__file__).parents[1] / "support" / "faulty_server.py")
 
 
-@pytest.mark.parametrize(("how", "options"), [("lose", []), ("hang", ["--stall-timeout", "0.5"])])
+@pytest.mark.parametrize(("how", "options"), [("lose", []), ("hang", ["--stall-ms", "500"])])
 def test_an_engine_that_cannot_go_on_fails_every_request_and_ends_with_code_70(
     how: str, options: list[str], roomy: str
 ) -> None:

@@ -15,7 +15,7 @@ from mlx_sidecar.protocol.framing import FrameReader, Framing
 
 def talk(framing: Framing, pieces: list[bytes]) -> tuple[list[Any], int]:
     """Write pieces, close stdin, and return what came back in the same framing, and the exit code."""
-    command = [COMMAND, "serve", "--eof-grace", "60"]
+    command = [COMMAND, "serve", "--eof-grace-ms", "60000"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as it:

@@ -81,8 +81,8 @@ def test_a_text_model_is_loaded_and_run_without_transformers_and_without_the_hub
             {"id": 2, "method": "load", "params": {"model": model}},
             {"id": 3, "method": "generate", "params": {"model": model, "messages": chat, "maxTokens": 2}},
         ),
-        "--eof-grace",
-        "60",
+        "--eof-grace-ms",
+        "60000",
         env={"PYTHONPROFILEIMPORTTIME": "1"},
     )
     assert len(done.stdout.splitlines()) == 3
@@ -99,8 +99,8 @@ def test_the_end_of_stdin_lets_accepted_requests_end_and_exits_with_0(tiny_model
             {"id": 2, "method": "load", "params": {"model": str(tiny_model)}},
             {"id": 3, "method": "generate", "params": {"model": str(tiny_model), **LONG}},
         ).rstrip(b"\n"),
-        "--eof-grace",
-        "60",
+        "--eof-grace-ms",
+        "60000",
     )
     frames = {frame["id"]: frame for frame in map(json.loads, done.stdout.splitlines())}
     assert frames[3]["result"]["usage"]["completionTokens"] == 250
@@ -117,7 +117,7 @@ def test_after_the_grace_what_still_runs_is_cancelled_and_answered(tiny_model: P
             {"id": 2, "method": "load", "params": {"model": str(tiny_model)}},
             *requests,
         ),
-        "--eof-grace",
+        "--eof-grace-ms",
         "0",
     )
     assert done.returncode == 0
@@ -259,9 +259,10 @@ def test_without_mlx_every_load_says_so_and_everything_else_is_answered(tmp_path
         ["--no-such-flag"],
         ["--listen", "a", "--pipe", "b"],
         ["--framing", "xml"],
-        ["--eof-grace", "soon"],
-        ["--eof-grace", "-1"],
-        ["--eof-grace", "nan"],
+        ["--eof-grace-ms", "soon"],
+        ["--eof-grace-ms", "-1"],
+        ["--eof-grace-ms", "nan"],
+        ["--eof-grace", "5"],
     ],
 )
 def test_wrong_arguments_exit_with_2(arguments: list[str]) -> None:
@@ -329,7 +330,7 @@ def test_the_log_level_is_the_least_that_is_written(tiny_model: Path) -> None:
 
 def test_a_host_that_neither_speaks_nor_listens_any_more_ends_the_sidecar_at_once(tiny_model: Path) -> None:
     # With patience for the requests of a host that still listens; this one does not.
-    with Sidecar("--eof-grace", "1000") as sidecar:
+    with Sidecar("--eof-grace-ms", "1000000") as sidecar:
         assert sidecar.process.stdin is not None
         assert sidecar.process.stdout is not None
         sidecar.process.stdin.write(
@@ -348,7 +349,7 @@ def test_a_host_that_neither_speaks_nor_listens_any_more_ends_the_sidecar_at_onc
 
 def test_shutdown_and_the_end_of_stdin_together_end_at_once_with_every_answer(roomy_model: Path) -> None:
     model = str(roomy_model)
-    with Wire("--eof-grace", "1000") as wire:
+    with Wire("--eof-grace-ms", "1000000") as wire:
         wire.initialize()
         wire.result("load", model=model)
         endless = {"model": model, **LONG, "maxTokens": 10**9}

@@ -41,6 +41,6 @@ def test_the_typescript_example_prints_an_answer() -> None:
 
 
 def test_the_shell_example_prints_an_answer() -> None:
-    answers = run("sh", "-c", example("sh", "serve --eof-grace")).splitlines()
+    answers = run("sh", "-c", example("sh", "serve --eof-grace-ms")).splitlines()
     assert len(answers) == 3
     assert '"finishReason":"length"' in answers[2]

@@ -252,7 +252,7 @@ def test_who_comes_when_the_line_is_full_is_told_when_to_come_again(
 
 def test_what_could_never_fit_is_refused_and_what_fits_goes_on(roomy: str) -> None:
     budget = 3_000_000
-    with Wire("--memory-budget", str(budget)) as wire:
+    with Wire("--memory-budget-bytes", str(budget)) as wire:
         wire.initialize()
         weights = wire.result("load", model=roomy)["bytes"]
         running = wire.send("generate", model=roomy, **FINITE, partialResultToken="t")

@@ -15,6 +15,7 @@ from anyio.abc import SocketStream
 from anyio.streams.buffered import BufferedByteReceiveStream
 from support.channels import line
 
+from mlx_sidecar.config.settings import Settings
 from mlx_sidecar.runtime.api.presence import PresenceApi
 from mlx_sidecar.runtime.server.channel import Channel
 from mlx_sidecar.runtime.server.connection import Call, Connection, OnEvent
@@ -85,8 +86,9 @@ class House:
 
 
 @asynccontextmanager
-async def house(path: Path, *, grace: float = 100, most: int = 100) -> AsyncGenerator[House]:
+async def house(path: Path, *, grace_ms: int = 100_000, most: int = 100) -> AsyncGenerator[House]:
     listener = Listener.bind(path)
+    settings = Settings(home=path, eof_grace_ms=grace_ms, max_connections=most)
     immediate = PresenceApi(Vitals()).methods()
     loop, context = asyncio.get_running_loop(), contextvars.copy_context()
     with anyio.fail_after(3 * PATIENCE_SECONDS):
@@ -105,7 +107,7 @@ async def house(path: Path, *, grace: float = 100, most: int = 100) -> AsyncGene
                 with suppress(RuntimeError):  # A reader may notice something when the loop has been closed.
                     loop.call_soon_threadsafe(callback, *args, context=context)
 
-            guests = Guests(listener, open_connection, post, tasks, grace_seconds=grace, max_connections=most)
+            guests = Guests(listener, open_connection, post, tasks, settings)
             it = House(path, guests)
             guests.start(lambda: None)
             yield it
@@ -209,7 +211,7 @@ async def test_a_guest_who_has_said_all_gets_its_answers_and_is_seen_off(socket_
 
 
 async def test_after_its_last_word_a_guest_is_waited_for_no_longer_than_the_grace(socket_path: Path) -> None:
-    async with house(socket_path, grace=0) as it:
+    async with house(socket_path, grace_ms=0) as it:
         guest = await it.visit()
         await guest.say("models", 1)
         await guest.stream.send_eof()
