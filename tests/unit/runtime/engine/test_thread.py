@@ -1,5 +1,6 @@
 """The inference thread over batches that fail on command; the real batch is tested in the real process."""
 
+import copy
 import queue
 import threading
 from collections.abc import Generator
@@ -84,7 +85,8 @@ class Bench:
         self.deaths: queue.Queue[BaseException] = queue.Queue()
         self.ends: dict[Sequence, Emission] = {}
         self.vitals = Vitals()
-        self.engine = InferenceThread(self._deliver, self.deaths.put, Blas(), self.vitals, SETTINGS)
+        self.settings = copy.copy(SETTINGS)
+        self.engine = InferenceThread(self._deliver, self.deaths.put, Blas(), self.vitals, self.settings)
         self.engine.start()
         self.engine.started().result(60)
 
@@ -253,6 +255,69 @@ def test_who_waits_for_memory_that_a_new_model_took_is_refused(bench: Bench) -> 
     assert bench.end_of(waiting).finish == "failed"
     assert isinstance(waiting.failure, OutOfMemory)
     assert bench.end_of(running).finish == "length"
+
+
+def test_who_needs_the_memory_of_others_says_so_and_runs_once_they_have_left(bench: Bench) -> None:
+    hunger: queue.Queue[tuple[str, int]] = queue.Queue()
+    bench.engine.on_hungry = lambda model, needed: hunger.put((model, needed))
+    hungry, larger = ScriptedBatch(), ScriptedBatch()
+    hungry.footprint = Footprint(weights=0, kv_per_token=1 << 10, kv_fixed=0, prefill_peak=0)
+    larger.footprint = Footprint(weights=1 << 19, kv_per_token=0, kv_fixed=0, prefill_peak=0)
+    bench.attach("m", hungry)
+    bench.attach("other", larger)
+    waiting = bench.submit("m", 700)
+    assert hunger.get(timeout=10) == ("m", 768 << 10)
+    assert bench.engine.run(lambda: bench.engine.shortfall(768 << 10, "m")).result(10).ever == 256 << 10
+    bench.engine.run(lambda: bench.engine.detach("other"))
+    assert bench.end_of(waiting).finish == "length"
+    assert hunger.empty()
+
+
+def test_a_claim_lets_nobody_in_and_is_met_when_those_who_run_have_ended(bench: Bench) -> None:
+    batch = ScriptedBatch()
+    batch.footprint = Footprint(weights=0, kv_per_token=1 << 10, kv_fixed=0, prefill_peak=0)
+    bench.attach("m", batch)
+    bench.engine.on_hungry = lambda _, __: None
+    running = bench.submit("m", 700)
+    assert bench.delivered.get(timeout=10).sequence is running
+    claim = bench.engine.claim("coming", 600 << 10)
+    waiting = bench.submit("m", 500)
+    claim.result(10)
+    assert bench.end_of(running).finish == "length"
+    assert bench.engine.report().memory.claimed_bytes == 600 << 10
+    assert bench.engine.report().waiting.counts[2] == 1
+    bench.engine.release_claim("coming")
+    assert bench.end_of(waiting).finish == "length"
+
+
+def test_a_claim_ends_when_its_model_is_attached(bench: Bench) -> None:
+    bench.engine.claim("m", 1 << 19).result(10)
+    bench.attach("m", ScriptedBatch())
+    memory = bench.engine.report().memory
+    assert (memory.claimed_bytes, memory.weights_bytes) == (0, ScriptedBatch.footprint.weights)
+
+
+def test_other_limits_hold_from_the_next_step_on(bench: Bench) -> None:
+    bench.attach("m", ScriptedBatch())
+    settings = bench.settings
+    settings.memory_budget_bytes, settings.max_waiting = 1 << 21, 1
+    bench.engine.run(bench.engine.reconfigure).result(10)
+    assert bench.engine.report().memory.budget_bytes == 1 << 21
+    running = [bench.submit("m", 10**9) for _ in range(SETTINGS.max_sequences or 0)]
+    bench.submit("m", 1)
+    bench.engine.run(lambda: None).result(10)
+    bench.engine.run(lambda: None).result(10)
+    assert bench.engine.retry_after_ms("m") is not None
+    for sequence in running:
+        bench.engine.cancel(sequence)
+
+
+def test_a_sequence_that_is_ended_with_an_error_has_it(bench: Bench) -> None:
+    bench.attach("m", ScriptedBatch())
+    sequence = bench.submit("m", 10**9)
+    bench.engine.cancel(sequence, OutOfMemory(1, 0))
+    assert bench.end_of(sequence).finish == "failed"
+    assert isinstance(sequence.failure, OutOfMemory)
 
 
 def test_a_lost_device_fails_every_sequence_with_an_error_worth_another_try() -> None:
