@@ -170,7 +170,10 @@ def test_unload_by_force_ends_everybody_who_shares(model: str) -> None:
             wire.result("ping")
         unloaded = wire.send("unload", model=model, force=True)
         for name in names:
-            assert wire.response(name)["result"]["finishReason"] in ("cancelled", "length")
+            ended = wire.response(name)
+            assert ended.get("result", {}).get("finishReason") == "length" or (
+                ended["error"]["data"]["kind"] == "unloaded"
+            )
         assert wire.response(unloaded)["result"]["state"] == "unloaded"
         assert wire.error("generate", model=model, **FINITE)["data"]["kind"] == "model_not_loaded"
 
