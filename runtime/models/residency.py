@@ -231,7 +231,8 @@ class Residency:
                     await self._next_news()
         finally:
             for entry in draining:
-                entry.become("ready")
+                if entry.state == "draining":
+                    entry.become("ready")
 
     async def _evict_drained(self, entry: Entry) -> None:
         assert entry.model is not None
@@ -242,10 +243,10 @@ class Residency:
     async def _feed(self, key: str, draining: set[Entry], protected: Entry | None) -> None:
         """Let others leave so that a request to the model `key` has room; refuse it if that cannot be."""
         gap = await self._shortfall(self._hungry[key], beside=key)
-        if gap.ever <= 0:
+        own = next((entry for entry in self._entries.values() if _key(entry) == key), None)
+        if gap.ever <= 0 or self._engine.footprint(key) is None:
             self._hungry.pop(key, None)
             return
-        own = next((entry for entry in self._entries.values() if _key(entry) == key), None)
         others = [entry for entry in (own, protected, *draining) if entry is not None]
         plan = self._plan(gap.ever, *others)
         coming = sum(self._bytes(entry) for entry in draining if entry is not own)
