@@ -298,8 +298,9 @@ class InferenceThread:
             busy = self.sequences > 0
             if not busy:
                 self._note_memory()
-            self._obey(wait=not busy)
+            # Before waiting: those who ran may just have left.
             self._settle_claims()
+            self._obey(wait=not busy)
             self._admission.admit(self._let_in)
             self._step_all()
 

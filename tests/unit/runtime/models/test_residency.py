@@ -1,0 +1,381 @@
+"""Who is in memory: a real engine thread, models without weights that take memory and give a token a step."""
+
+import asyncio
+import contextvars
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import anyio
+import pytest
+from support.scripted_batch import ScriptedBatch
+
+from mlx_sidecar.config.settings import Settings
+from mlx_sidecar.native.blas import Blas
+from mlx_sidecar.protocol import messages as m
+from mlx_sidecar.protocol.errors import InvalidModel, ModelNotLoaded, OutOfMemory, Unloaded
+from mlx_sidecar.runtime.engine.sequence import Emission, Sampling, Sequence
+from mlx_sidecar.runtime.engine.thread import InferenceThread
+from mlx_sidecar.runtime.models.entry import Entry
+from mlx_sidecar.runtime.models.loaded import LoadedModel
+from mlx_sidecar.runtime.models.registry import ModelRegistry
+from mlx_sidecar.runtime.scheduling.memory import Footprint
+from mlx_sidecar.runtime.telemetry.vitals import Vitals
+
+pytestmark = pytest.mark.anyio
+
+SIZE, BUDGET = 100_000, 350_000
+"""Of a model called "a", "b" and so on, and of all memory: there is room for three and a little."""
+
+
+class Loading:
+    """Gives models of a size; those called "broken…" fail, and all wait while a test holds them up."""
+
+    def __init__(self, engine: InferenceThread) -> None:
+        self.order: list[str] = []
+        self.go_on = anyio.Event()
+        self.go_on.set()
+        self._engine = engine
+
+    async def load(self, entry: Entry, key: str, _: object, make_room: Callable[[int], Any]) -> LoadedModel:
+        size = SIZE * (4 if entry.name == "huge" else 1)
+        await make_room(size)
+        try:
+            await self.go_on.wait()
+            if entry.name.startswith("broken"):
+                raise InvalidModel(entry.name, "it is broken")
+        except BaseException:
+            self._engine.release_claim(key)
+            raise
+        batch = ScriptedBatch()
+        kv_per_token = 0 if entry.name == "endless" else 100
+        batch.footprint = Footprint(size, kv_per_token, kv_fixed=0, prefill_peak=0)
+        await asyncio.wrap_future(self._engine.run(lambda: self._engine.attach(key, cast(Any, batch))))
+        self.order.append(entry.name)
+        phases = m.LoadPhases(runtime_ms=0, weights_ms=0, warmup_ms=0)
+        facts = m.LoadResult(
+            model=entry.name, state="ready", dtype="float32", parameters=1, context_length=1, vocabulary=1,
+            bytes=size, load_ms=0, phases=phases,
+        )  # fmt: skip
+        return LoadedModel(entry.name, key, cast(Any, None), facts)
+
+
+class House:
+    """A registry over a running engine."""
+
+    def __init__(self, tasks: anyio.abc.TaskGroup) -> None:
+        loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+
+        def post(callback: Callable[..., object], *args: object) -> None:
+            loop.call_soon_threadsafe(callback, *args, context=context)
+
+        self.settings = Settings(home=Path("/nowhere"), memory_budget_bytes=BUDGET)
+        self.engine = InferenceThread(
+            lambda emissions: post(self._hand_over, emissions),
+            lambda _: None,
+            Blas(),
+            Vitals(),
+            self.settings,
+        )
+        self.loading = Loading(self.engine)
+        self.tasks = tasks
+        me = cast(Any, self.loading)
+        self.registry = ModelRegistry(self.engine, me, self.settings, tasks.start_soon, post)
+
+    async def load(self, *names: str, **params: Any) -> None:
+        for name in names:
+            await self.registry.load(m.LoadParams(model=name, **params))
+
+    async def unload(self, name: str, *, force: bool = False) -> None:
+        await self.registry.unload(m.UnloadParams(model=name, force=force))
+
+    async def ask(self, name: str, max_tokens: int = 1) -> None:
+        """Use a model for one sequence, to its end; the memory of it grows with `max_tokens`."""
+        async with self.registry.using(name) as (model, uses):
+            ended = anyio.Event()
+            sequence = Sequence(
+                model.key, [1], max_tokens, Sampling(), frozenset(),
+                lambda emission: ended.set() if emission.finish else None,
+            )  # fmt: skip
+            for use in uses:
+                use.sequences.add(sequence)
+            self.engine.submit(sequence)
+            await ended.wait()
+            if sequence.failure is not None:
+                raise sequence.failure
+
+    @asynccontextmanager
+    async def in_use(self, *names: str) -> AsyncGenerator[Callable[[], None]]:
+        """Keep models in use while the block runs, or until what is yielded is called."""
+        done, begun = anyio.Event(), [anyio.Event() for _ in names]
+
+        async def use(name: str, event: anyio.Event) -> None:
+            async with self.registry.using(name):
+                event.set()
+                await done.wait()
+
+        for name, event in zip(names, begun, strict=True):
+            self.tasks.start_soon(use, name, event)
+        for event in begun:
+            await event.wait()
+        try:
+            yield done.set
+        finally:
+            done.set()
+
+    def states(self) -> dict[str, str]:
+        return {info.model: info.state for info in self.registry.infos()}
+
+    def resident(self) -> str:
+        """Return the names of those in memory."""
+        return "".join(name for name, state in self.states().items() if state in ("ready", "draining"))
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for something that happens by itself."""
+        with anyio.fail_after(10):
+            while not condition():
+                await anyio.sleep(0.001)
+
+    def _hand_over(self, emissions: Iterable[Emission]) -> None:
+        for emission in emissions:
+            emission.sequence.on_emission(emission)
+
+
+@pytest.fixture
+async def house() -> AsyncGenerator[House]:
+    async with anyio.create_task_group() as tasks:
+        house = House(tasks)
+        house.engine.start()
+        await asyncio.wrap_future(house.engine.started())
+        yield house
+        tasks.cancel_scope.cancel()
+    assert house.engine.stop(10)
+
+
+async def test_models_leave_memory_in_the_order_of_their_last_use(house: House) -> None:
+    await house.load("a", "b", "c")
+    await house.ask("a")
+    await house.load("d")
+    assert house.states() == {"a": "ready", "b": "evicted", "c": "ready", "d": "ready"}
+    await house.load("e")
+    assert house.resident() == "ade"
+    assert house.registry.residency.evicted == 2
+
+
+async def test_an_evicted_model_comes_back_when_it_is_asked_for(house: House) -> None:
+    await house.load("a", "b", "c", "d")
+    await house.ask("a")
+    assert house.resident() == "acd"
+    assert house.registry.residency.brought_back == 1
+    (line,) = [info for info in house.registry.infos() if info.model == "a"]
+    assert (line.uses, line.loads) == (1, 2)
+
+
+async def test_what_is_pinned_stays_and_what_is_too_large_is_refused_with_numbers(house: House) -> None:
+    await house.load("a", "b", "c", pin=True)
+    with pytest.raises(OutOfMemory) as refused:
+        await house.load("d")
+    assert refused.value.data == {"neededBytes": SIZE, "availableBytes": 50_000, "model": "d"}
+    assert house.states() == {"a": "ready", "b": "ready", "c": "ready", "d": "failed"}
+    await house.load("b", pin=False)
+    await house.load("d")
+    assert house.resident() == "acd"
+    with pytest.raises(OutOfMemory):
+        await house.load("huge")
+    assert house.resident() == "acd"
+
+
+async def test_nobody_leaves_where_that_is_not_allowed(house: House) -> None:
+    house.settings.evict_models = False
+    await house.load("a", "b", "c")
+    with pytest.raises(OutOfMemory):
+        await house.load("d")
+    assert house.resident() == "abc"
+
+
+async def test_a_model_in_use_is_drained_and_nobody_who_wants_it_is_dropped(house: House) -> None:
+    await house.load("a", "b", "c")
+    async with house.in_use("a", "b", "c") as done, anyio.create_task_group() as asking:
+        asking.start_soon(house.load, "d")
+        await house.until(lambda: "draining" in house.states().values())
+        for name in "abcd":
+            asking.start_soon(house.ask, name)
+        assert house.states()["d"] == "loading"
+        done()
+    assert house.loading.order[:4] == ["a", "b", "c", "d"]
+    assert house.registry.residency.brought_back >= 1
+
+
+async def test_a_load_that_is_cancelled_lets_those_stay_that_it_would_have_drained(house: House) -> None:
+    await house.load("a", "b", "c")
+    async with house.in_use("a", "b", "c"), anyio.create_task_group() as asking:
+        asking.start_soon(house.load, "d")
+        await house.until(lambda: "draining" in house.states().values())
+        asking.cancel_scope.cancel()
+    await house.until(lambda: "d" not in house.states())
+    assert set(house.states().values()) == {"ready"}
+    await house.ask("a")
+
+
+async def test_a_request_too_large_beside_the_others_makes_them_leave(house: House) -> None:
+    await house.load("a", "b", "c")
+    # 2048 tokens take 204 800 bytes: there is room for one model beside, its own.
+    await house.ask("a", 2047)
+    assert house.resident() == "a"
+    await house.load("b", "c")
+    async with house.in_use("b") as done, anyio.create_task_group() as asking:
+        asking.start_soon(house.ask, "a", 2047)
+        await house.until(lambda: house.states()["b"] == "draining")
+        done()
+    assert house.resident() == "a"
+    with pytest.raises(OutOfMemory):
+        await house.ask("a", 4096)
+
+
+async def test_a_request_too_large_beside_what_is_pinned_is_refused(house: House) -> None:
+    await house.load("a")
+    await house.load("b", "c", pin=True)
+    with pytest.raises(OutOfMemory):
+        await house.ask("a", 2047)
+    await house.ask("a", 10)
+
+
+async def test_a_drained_model_still_ends_a_request_that_needs_the_memory_of_others(house: House) -> None:
+    await house.load("a", "b", "c")
+    async with house.in_use("b", "c") as done, anyio.create_task_group() as asking:
+        asking.start_soon(house.ask, "a", 2047)
+        await house.until(lambda: "draining" in house.states().values())
+        asking.start_soon(house.load, "d")
+        asking.start_soon(house.ask, "b")
+        done()
+    assert house.states()["d"] in ("ready", "evicted")
+
+
+async def test_requests_for_a_model_that_loads_wait_and_share_one_load(house: House) -> None:
+    house.loading.go_on = anyio.Event()
+    async with anyio.create_task_group() as asking:
+        for _ in range(3):
+            asking.start_soon(house.load, "a")
+        await house.until(lambda: house.states().get("a") == "loading")
+        for _ in range(3):
+            asking.start_soon(house.ask, "a")
+        await anyio.wait_all_tasks_blocked()
+        house.loading.go_on.set()
+    assert house.loading.order == ["a"]
+    assert house.registry.infos()[0].uses == 3
+
+
+async def test_a_failed_load_leaves_its_reason_and_can_be_tried_again(house: House) -> None:
+    for _ in range(2):
+        with pytest.raises(InvalidModel):
+            await house.load("broken", alias="chat")
+        (line,) = house.registry.infos()
+        assert (line.state, line.aliases) == ("failed", [])
+        assert isinstance(line.failure, m.ModelFailure)
+        assert line.failure.kind == "invalid_model"
+        with pytest.raises(ModelNotLoaded):
+            await house.ask("broken")
+        with pytest.raises(ModelNotLoaded):
+            await house.ask("chat")
+    await house.until(lambda: house.engine.report().memory.claimed_bytes == 0)
+
+
+async def test_of_many_failures_the_oldest_are_forgotten(house: House) -> None:
+    for number in range(80):
+        with pytest.raises(InvalidModel):
+            await house.load(f"broken{number}")
+    lines = house.registry.infos()
+    assert len(lines) == 64
+    assert lines[-1].model == "broken79"
+
+
+async def test_an_unload_serves_who_came_before_and_a_load_behind_it_begins_anew(house: House) -> None:
+    await house.load("a", alias="chat")
+    async with house.in_use("a") as done, anyio.create_task_group() as asking:
+        asking.start_soon(house.unload, "a")
+        await house.until(lambda: house.states()["a"] == "draining")
+        with pytest.raises(ModelNotLoaded):
+            await house.ask("a")
+        await house.load("a")
+        await house.ask("a")
+        assert [info.state for info in house.registry.infos()] == ["draining", "ready"]
+        done()
+    assert house.states() == {"a": "ready"}
+    with pytest.raises(ModelNotLoaded):
+        await house.ask("chat")
+
+
+async def test_force_ends_who_runs_and_who_waits_also_when_an_unload_waits_already(house: House) -> None:
+    await house.load("endless")
+    outcomes: list[str] = []
+
+    async def expect_unloaded(work: Awaitable[None]) -> None:
+        with pytest.raises(Unloaded):
+            await work
+        outcomes.append("unloaded")
+
+    async with anyio.create_task_group() as asking:
+        asking.start_soon(expect_unloaded, house.ask("endless", 10**9))
+        await house.until(lambda: bool(house.registry.infos()[0].in_use))
+        asking.start_soon(house.unload, "endless")
+        await house.until(lambda: house.states()["endless"] == "draining")
+        await house.unload("endless", force=True)
+    assert outcomes == ["unloaded"]
+    assert house.states() == {}
+
+
+async def test_unused_models_leave_after_their_time_to_live(house: House) -> None:
+    await house.load("a", ttl_ms=0)
+    await house.load("b", ttl_ms=None)
+    await house.load("c")
+    house.settings.model_ttl_ms = 10**9
+    async with house.in_use("a"):
+        await house.registry.residency.evict_expired()
+        assert house.resident() == "abc"
+    await house.until(lambda: not house.registry.infos()[0].in_use)
+    await house.registry.residency.evict_expired()
+    assert house.resident() == "bc"
+    house.settings.model_ttl_ms = 0
+    await house.registry.residency.evict_expired()
+    assert house.resident() == "b"
+    assert house.registry.residency.expired == 2
+
+
+async def test_an_alias_moves_to_another_model_and_back(house: House) -> None:
+    await house.load("a", "b")
+    await house.load("a", alias="chat")
+    used: list[str] = []
+    for target in ("b", "a"):
+        async with house.registry.using("chat") as (model, _):
+            used.append(model.name)
+        moved = house.registry.alias(m.AliasParams(alias="chat", model=target))
+        assert (moved.previous, moved.model) == (used[-1], target)
+    assert used == ["a", "b"]
+    gone = house.registry.alias(m.AliasParams(alias="chat", model=None))
+    assert (gone.previous, gone.model) == ("a", None)
+    with pytest.raises(ModelNotLoaded):
+        house.registry.find("chat")
+
+
+async def test_a_renewed_model_takes_over_and_the_old_one_ends_what_it_has(house: House) -> None:
+    await house.load("a")
+    async with house.registry.using("a") as (old, _):
+        await house.registry.reload(m.ReloadParams(model="a"))
+        async with house.registry.using("a") as (new, _):
+            assert new.key != old.key
+        memory = house.engine.report().memory
+        assert memory.weights_bytes == 2 * SIZE
+    await house.until(lambda: house.engine.report().memory.weights_bytes == SIZE)
+
+
+async def test_memory_is_where_it_was_after_any_number_of_changes(house: House) -> None:
+    for round_ in range(6):
+        for name in "abcdef"[round_ % 3 :]:
+            await house.load(name)
+            await house.ask(name)
+        await house.unload("abcdef"[3 + round_ % 3])
+    for name in list(house.states()):
+        await house.unload(name)
+    memory = house.engine.report().memory
+    assert (memory.weights_bytes, memory.claimed_bytes, memory.reserved_bytes) == (0, 0, 0)
