@@ -150,7 +150,7 @@ async def house() -> AsyncGenerator[House]:
         await asyncio.wrap_future(house.engine.started())
         yield house
         tasks.cancel_scope.cancel()
-    assert house.engine.stop(10)
+        assert house.engine.stop(10)
 
 
 async def test_models_leave_memory_in_the_order_of_their_last_use(house: House) -> None:
