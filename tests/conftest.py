@@ -14,6 +14,9 @@ from support.wire import Listening, Wire
 
 DEMO_MODEL = "smollm2-135m"
 
+# Nobody's own settings may change what is tested. An empty file is one that sets nothing.
+os.environ["MLX_SIDECAR_CONFIG"] = os.devnull
+
 # No deadline: a slow machine is not a defect. The same examples in every CI run, new ones everywhere else.
 settings.register_profile("here", deadline=None, print_blob=True, derandomize="CI" in os.environ)
 settings.load_profile("here")

@@ -140,7 +140,7 @@ def test_a_changed_file_takes_effect_in_a_running_server(file: Path, roomy: str)
 
 
 def test_a_file_that_comes_later_is_followed_and_may_change_the_log(tmp_path: Path) -> None:
-    with Wire(env={"XDG_CONFIG_HOME": str(tmp_path)}) as wire:
+    with Wire(env={"XDG_CONFIG_HOME": str(tmp_path), "MLX_SIDECAR_CONFIG": ""}) as wire:
         wire.initialize()
         folder = tmp_path / "mlx-sidecar"
         folder.mkdir()
