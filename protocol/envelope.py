@@ -88,6 +88,7 @@ def _error(kinds: list[str]) -> list[Json]:
                 "method": {"description": "Of `method_not_found`.", "type": "string"},
                 "path": {"description": "Of `invalid_params`: where, such as `stop[1]`.", "type": "string"},
                 "model": {"description": "Of the kinds that are about a model.", "type": "string"},
+                "adapter": {"description": "Of the kinds that are about an adapter.", "type": "string"},
                 "promptTokens": {"description": "Of `context_overflow`.", "type": "integer"},
                 "contextLength": {"description": "Of `context_overflow`.", "type": "integer"},
                 "maxUnsentBytes": {"description": "Of `slow_consumer`.", "type": "integer"},

@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import anyio
 import msgspec
@@ -13,11 +13,12 @@ from anyio.abc import ByteStream
 
 from mlx_sidecar.protocol import jsonrpc
 from mlx_sidecar.protocol.errors import InvalidRequest
-from mlx_sidecar.protocol.messages import GenerateProgress, ProgressParams
+from mlx_sidecar.protocol.messages import Result
 from mlx_sidecar.protocol.ndjson import LineSplitter
 
 from .errors import SidecarError, SidecarRequestError
 
+PartT = TypeVar("PartT", bound=Result)
 ResultT = TypeVar("ResultT")
 
 # Far above what the server sends; this only bounds the damage of a peer that never ends a line.
@@ -25,19 +26,24 @@ _MAX_SENT_FRAME_BYTES = 256 * 1024 * 1024
 # What a stream may raise when the other side has gone; not every backend translates all of it.
 _GONE = (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError, OSError)
 
-_progress_decoder = msgspec.json.Decoder(ProgressParams)
+
+class _Progress(msgspec.Struct):
+    token: jsonrpc.RequestId
+    value: msgspec.Raw
+
+
+_progress_decoder = msgspec.json.Decoder(_Progress)
 log: logging.Logger = logging.getLogger(__name__)
 
 
 class Request:
-    """A request that was sent: the parts that have come for it, and how it ended.
+    """A request that was sent, and how it ended.
 
     Whoever is cancelled while waiting for it cancels it on the server.
     """
 
     def __init__(self, connection: "Connection", request_id: int, method: str) -> None:
         self.id = request_id
-        self.parts: list[GenerateProgress] = []
         self._connection = connection
         self._method = method
         self._reply: jsonrpc.Reply | SidecarError | None = None
@@ -49,10 +55,8 @@ class Request:
         """Whether the response, or the end of everything, is there."""
         return self._reply is not None
 
-    def add(self, part: GenerateProgress) -> None:
-        """Take a part of the answer."""
-        self.parts.append(part)
-        self._tell()
+    def add(self, value: msgspec.Raw) -> None:
+        """Take a `$/progress` value. Nobody asked for this one."""
 
     def settle(self, reply: jsonrpc.Reply | SidecarError) -> None:
         """Take the response, or the reason that there will be none."""
@@ -68,15 +72,7 @@ class Request:
     async def end(self) -> None:
         """Wait for the end, however it is."""
         while not self.ended:
-            await self.news()
-
-    async def news(self) -> None:
-        """Wait for the next part, or for the end."""
-        try:
-            await self._news.wait()
-        except BaseException:
-            self.cancel()
-            raise
+            await self._wait()
 
     async def result(self, result: type[ResultT]) -> ResultT:
         """Return the result as what it should be.
@@ -101,9 +97,37 @@ class Request:
                 "Install the same version of client and server."
             ) from None
 
+    async def _wait(self) -> None:
+        try:
+            await self._news.wait()
+        except BaseException:
+            self.cancel()
+            raise
+
     def _tell(self) -> None:
         told, self._news = self._news, anyio.Event()
         told.set()
+
+
+class StreamedRequest(Request, Generic[PartT]):
+    """A request that is answered in parts, each a `progress`, before it ends."""
+
+    def __init__(self, connection: "Connection", request_id: int, method: str, progress: type[PartT]) -> None:
+        super().__init__(connection, request_id, method)
+        self._decoder = msgspec.json.Decoder(progress)
+        self._parts: list[PartT] = []
+
+    def add(self, value: msgspec.Raw) -> None:
+        """Take a part; raise msgspec.DecodeError if it is not one."""
+        self._parts.append(self._decoder.decode(value))
+        self._tell()
+
+    async def take(self) -> list[PartT]:
+        """Return the parts that are here, waiting for one if there is none; an empty list at the end."""
+        while not self._parts and not self.ended:
+            await self._wait()
+        taken, self._parts = self._parts, []
+        return taken
 
 
 class Connection:
@@ -120,21 +144,16 @@ class Connection:
         self._error: SidecarError | None = None
         self._last_id = 0
 
-    def send(self, method: str, params: Mapping[str, Any], *, streamed: bool = False) -> Request:
-        """Send a request; with `streamed` its answer comes in parts."""
-        self._last_id += 1
-        request = Request(self, self._last_id, method)
-        token = {"partialResultToken": request.id} if streamed else {}
-        frame = jsonrpc.encode_request(request.id, method, {**params, **token})
-        if self._error is not None:
-            request.settle(self._error)
-        elif len(frame) > self.max_frame_bytes:
-            # The server would refuse it too, but without an id: it does not read what it will not take.
-            text = f"The request has {len(frame)} bytes; the server takes at most {self.max_frame_bytes}."
-            request.settle(SidecarRequestError(InvalidRequest(text).to_wire()))
-        else:
-            self._requests[request.id] = request
-            self._post(frame)
+    def send(self, method: str, params: Mapping[str, Any]) -> Request:
+        """Send a request that is answered at once."""
+        request = Request(self, self._new_id(), method)
+        self._send(request, method, params)
+        return request
+
+    def stream(self, method: str, params: Mapping[str, Any], progress: type[PartT]) -> StreamedRequest[PartT]:
+        """Send a request that is answered in parts of type `progress`."""
+        request = StreamedRequest(self, self._new_id(), method, progress)
+        self._send(request, method, {**params, "partialResultToken": request.id})
         return request
 
     def notify(self, method: str, params: object) -> None:
@@ -163,6 +182,22 @@ class Connection:
             request.settle(error)
         self._requests.clear()
         self.closed.set()
+
+    def _new_id(self) -> int:
+        self._last_id += 1
+        return self._last_id
+
+    def _send(self, request: Request, method: str, params: Mapping[str, Any]) -> None:
+        frame = jsonrpc.encode_request(request.id, method, params)
+        if self._error is not None:
+            request.settle(self._error)
+        elif len(frame) > self.max_frame_bytes:
+            # The server would refuse it too, but without an id: it does not read what it will not take.
+            text = f"The request has {len(frame)} bytes; the server takes at most {self.max_frame_bytes}."
+            request.settle(SidecarRequestError(InvalidRequest(text).to_wire()))
+        else:
+            self._requests[request.id] = request
+            self._post(frame)
 
     def _post(self, frame: bytes) -> None:
         # Nobody may be there any more; the end of what the server says settles every request.

@@ -7,7 +7,7 @@ from msgspec import UNSET
 
 from mlx_sidecar.protocol.messages import GenerateProgress, GenerateResult
 
-from .connection import Connection, Request
+from .connection import Connection, StreamedRequest
 from .errors import SidecarError
 
 
@@ -19,7 +19,9 @@ class Generation:
     are kept; while the answer grows the server holds back what is beyond the connection's window.
     """
 
-    def __init__(self, connection: Connection, request: Request, window_bytes: int) -> None:
+    def __init__(
+        self, connection: Connection, request: StreamedRequest[GenerateProgress], window_bytes: int
+    ) -> None:
         self._connection = connection
         self._request = request
         self._window_bytes = window_bytes
@@ -45,14 +47,9 @@ class Generation:
             SidecarDisconnected: the connection, or the process, ended under it.
             SidecarError: a part was lost on the way.
         """
-        request = self._request
-        while not request.parts:
-            if request.ended:
-                self._check_all_came(await self.result())
-                return []
-            await request.news()
-        taken = list(request.parts)
-        request.parts.clear()
+        taken = await self._request.take()
+        if not taken:
+            self._check_all_came(await self.result())
         self._parts_taken += sum(part.merged for part in taken)
         self._confirm(taken)
         return taken

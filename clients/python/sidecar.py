@@ -1,9 +1,9 @@
 """The sidecar as an object: a connection to it, and a method for every request."""
 
 import os
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import anyio
 from anyio.abc import ByteStream
@@ -11,6 +11,7 @@ from anyio.abc import ByteStream
 from mlx_sidecar.protocol import messages as m
 from mlx_sidecar.protocol.version import VERSION
 
+from .connection import PartT
 from .errors import SidecarDisconnected, SidecarNotStarted, last_words
 from .generation import Generation
 from .peers import PATIENCE_SECONDS, Peer, Remote, start_on_pipe, start_on_stdio
@@ -19,6 +20,7 @@ Transport = Literal["stdio", "pipe"]
 DEFAULT_COMMAND = ("mlx-sidecar", "serve")
 START_TIMEOUT_SECONDS = 30.0
 WINDOW_BYTES = 256 * 1024
+ResultT = TypeVar("ResultT")
 
 
 class Sidecar:
@@ -108,26 +110,69 @@ class Sidecar:
         """The id of the sidecar's process, if it is ours."""
         return self._peer.process_id
 
-    async def load(self, model: str, **params: Any) -> m.LoadResult:
-        """Load a model; it is evaluated and warm when this returns."""
-        return await self._connection.send("load", {"model": model, **params}).result(m.LoadResult)
+    async def load(
+        self, model: str, *, on_progress: Callable[[m.LoadProgress], object] | None = None, **params: Any
+    ) -> m.LoadResult:
+        """Load a model; it is evaluated and warm when this returns.
+
+        `on_progress` is called with how far it is. What it raises comes out here, and cancels the request.
+        """
+        params = {"model": model, **params}
+        return await self._follow("load", params, m.LoadResult, m.LoadProgress, on_progress)
+
+    async def reload(
+        self, model: str, *, on_progress: Callable[[m.LoadProgress], object] | None = None
+    ) -> m.LoadResult:
+        """Read a loaded model anew while the old one serves, which stays if that fails. See `load`."""
+        return await self._follow("reload", {"model": model}, m.LoadResult, m.LoadProgress, on_progress)
 
     async def unload(self, model: str, *, force: bool = False) -> m.UnloadResult:
         """Unload a model after its requests have ended; `force` ends them."""
         params = {"model": model, "force": force}
         return await self._connection.send("unload", params).result(m.UnloadResult)
 
+    async def alias(self, alias: str, model: str | None) -> m.AliasResult:
+        """Let `alias` stand for a loaded model from now on; None takes it away."""
+        params = {"alias": alias, "model": model}
+        return await self._connection.send("alias", params).result(m.AliasResult)
+
     async def models(self) -> list[m.ModelInfo]:
-        """Return the models in memory."""
+        """Return the models that were loaded, whether they are in memory now or not."""
         return (await self._connection.send("models", {}).result(m.ModelsResult)).models
+
+    async def pull(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        on_progress: Callable[[m.PullProgress], object] | None = None,
+    ) -> m.PullResult:
+        """Bring a model onto the sidecar's machine, of which `revision` names a branch, tag or commit.
+
+        `on_progress` is called with how far it is. What it raises comes out here, and cancels the request.
+        """
+        params = {"model": model} | ({} if revision is None else {"revision": revision})
+        return await self._follow("pull", params, m.PullResult, m.PullProgress, on_progress)
+
+    async def load_adapter(
+        self, model: str, adapter: str, path: str | os.PathLike[str]
+    ) -> m.LoadAdapterResult:
+        """Load the LoRA adapter of an absolute folder beside a loaded model; `generate` takes its name."""
+        params = {"model": model, "adapter": adapter, "path": os.fspath(path)}
+        return await self._connection.send("loadAdapter", params).result(m.LoadAdapterResult)
+
+    async def unload_adapter(self, model: str, adapter: str, *, force: bool = False) -> m.UnloadAdapterResult:
+        """Unload an adapter after its requests have ended; `force` ends them."""
+        params = {"model": model, "adapter": adapter, "force": force}
+        return await self._connection.send("unloadAdapter", params).result(m.UnloadAdapterResult)
 
     def generate(self, model: str, **params: Any) -> Generation:
         """Start generating at once and return the answer, to be iterated over as it grows.
 
-        `deadlineMs` ends it on the server, `priority` says who goes first there, and `deduplicate=False`
-        keeps it from sharing the work of an identical request.
+        `adapter` is the name of one that was loaded. `deadlineMs` ends it on the server, `priority` says who
+        goes first there, and `deduplicate=False` keeps it from sharing the work of an identical request.
         """
-        request = self._connection.send("generate", {"model": model, **params}, streamed=True)
+        request = self._connection.stream("generate", {"model": model, **params}, m.GenerateProgress)
         return Generation(self._connection, request, self._window_bytes)
 
     async def tokenize(self, model: str, **params: Any) -> list[int]:
@@ -165,6 +210,25 @@ class Sidecar:
             await self._peer.end(PATIENCE_SECONDS)
             await self._connection.closed.wait()
         return self._peer.exit_code
+
+    async def _follow(
+        self,
+        method: str,
+        params: Mapping[str, Any],
+        result: type[ResultT],
+        progress: type[PartT],
+        on_progress: Callable[[PartT], object] | None,
+    ) -> ResultT:
+        if on_progress is None:
+            return await self._connection.send(method, params).result(result)
+        request = self._connection.stream(method, params, progress)
+        try:
+            while parts := await request.take():
+                for part in parts:
+                    on_progress(part)
+        finally:
+            request.cancel()
+        return await request.result(result)
 
     @classmethod
     @asynccontextmanager

@@ -21,6 +21,7 @@ from mlx_sidecar.protocol import messages as m
 from .errors import SidecarDisconnected
 from .generation import Generation
 from .sidecar import DEFAULT_COMMAND, START_TIMEOUT_SECONDS, WINDOW_BYTES, Sidecar, Transport
+from .waiting import call, follow, wait
 
 ResultT = TypeVar("ResultT")
 
@@ -74,48 +75,109 @@ class SyncSidecar:
         """The id of the sidecar's process, if it is ours."""
         return self._sidecar.process_id
 
-    def load(self, model: str, *, timeout: float | None = None, **params: Any) -> m.LoadResult:
-        """Load a model; it is evaluated and warm when this returns."""
-        return _wait(self._portal, partial(self._sidecar.load, model, **params), timeout)
+    def load(
+        self,
+        model: str,
+        *,
+        on_progress: Callable[[m.LoadProgress], object] | None = None,
+        timeout: float | None = None,
+        **params: Any,
+    ) -> m.LoadResult:
+        """Load a model; it is evaluated and warm when this returns.
+
+        `on_progress` is called with how far it is, in this thread. What it raises comes out here, and cancels
+        the request.
+        """
+        return follow(
+            self._portal,
+            lambda tell: self._sidecar.load(model, on_progress=tell, **params),
+            on_progress,
+            timeout,
+        )
+
+    def reload(
+        self,
+        model: str,
+        *,
+        on_progress: Callable[[m.LoadProgress], object] | None = None,
+        timeout: float | None = None,
+    ) -> m.LoadResult:
+        """Read a loaded model anew while the old one serves, which stays if that fails. See `load`."""
+        return follow(
+            self._portal, lambda tell: self._sidecar.reload(model, on_progress=tell), on_progress, timeout
+        )
 
     def unload(self, model: str, *, force: bool = False, timeout: float | None = None) -> m.UnloadResult:
         """Unload a model after its requests have ended; `force` ends them."""
-        return _wait(self._portal, partial(self._sidecar.unload, model, force=force), timeout)
+        return wait(self._portal, partial(self._sidecar.unload, model, force=force), timeout)
+
+    def alias(self, alias: str, model: str | None, *, timeout: float | None = None) -> m.AliasResult:
+        """Let `alias` stand for a loaded model from now on; None takes it away."""
+        return wait(self._portal, partial(self._sidecar.alias, alias, model), timeout)
 
     def models(self, *, timeout: float | None = None) -> list[m.ModelInfo]:
-        """Return the models in memory."""
-        return _wait(self._portal, self._sidecar.models, timeout)
+        """Return the models that were loaded, whether they are in memory now or not."""
+        return wait(self._portal, self._sidecar.models, timeout)
+
+    def pull(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        on_progress: Callable[[m.PullProgress], object] | None = None,
+        timeout: float | None = None,
+    ) -> m.PullResult:
+        """Bring a model onto the sidecar's machine; see `load` for `on_progress`."""
+        return follow(
+            self._portal,
+            lambda tell: self._sidecar.pull(model, revision=revision, on_progress=tell),
+            on_progress,
+            timeout,
+        )
+
+    def load_adapter(
+        self, model: str, adapter: str, path: str | PathLike[str], *, timeout: float | None = None
+    ) -> m.LoadAdapterResult:
+        """Load the LoRA adapter of an absolute folder beside a loaded model; `generate` takes its name."""
+        return wait(self._portal, partial(self._sidecar.load_adapter, model, adapter, path), timeout)
+
+    def unload_adapter(
+        self, model: str, adapter: str, *, force: bool = False, timeout: float | None = None
+    ) -> m.UnloadAdapterResult:
+        """Unload an adapter after its requests have ended; `force` ends them."""
+        work = partial(self._sidecar.unload_adapter, model, adapter, force=force)
+        return wait(self._portal, work, timeout)
 
     def generate(self, model: str, *, timeout: float | None = None, **params: Any) -> "SyncGeneration":
         """Start generating at once and return the answer, which must be complete within `timeout`."""
-        generation = _call(self._portal, partial(self._sidecar.generate, model, **params))
+        generation = call(self._portal, partial(self._sidecar.generate, model, **params))
         return SyncGeneration(self._portal, generation, timeout)
 
     def tokenize(self, model: str, *, timeout: float | None = None, **params: Any) -> list[int]:
         """Return the ids of `text` or `messages`."""
-        return _wait(self._portal, partial(self._sidecar.tokenize, model, **params), timeout)
+        return wait(self._portal, partial(self._sidecar.tokenize, model, **params), timeout)
 
     def detokenize(
         self, model: str, tokens: Sequence[int], *, timeout: float | None = None, **params: Any
     ) -> str:
         """Return the text of ids."""
-        return _wait(self._portal, partial(self._sidecar.detokenize, model, tokens, **params), timeout)
+        return wait(self._portal, partial(self._sidecar.detokenize, model, tokens, **params), timeout)
 
     def stats(self, *, timeout: float | None = None) -> m.StatsResult:
         """Return what the sidecar is doing and holding."""
-        return _wait(self._portal, self._sidecar.stats, timeout)
+        return wait(self._portal, self._sidecar.stats, timeout)
 
     def ping(self, *, timeout: float | None = None) -> m.PingResult:
         """Return at once, whatever the model is doing."""
-        return _wait(self._portal, self._sidecar.ping, timeout)
+        return wait(self._portal, self._sidecar.ping, timeout)
 
     def server_info(self, *, timeout: float | None = None) -> m.ServerInfoResult:
         """Return what `info` says, and the process behind it."""
-        return _wait(self._portal, self._sidecar.server_info, timeout)
+        return wait(self._portal, self._sidecar.server_info, timeout)
 
     def close(self) -> int | None:
         """End the connection in order, and the process if it is ours; return its exit code then."""
-        return _wait(self._portal, self._sidecar.close)
+        return wait(self._portal, self._sidecar.close)
 
 
 class SyncGeneration:
@@ -155,11 +217,11 @@ class SyncGeneration:
     def cancel(self) -> None:
         """End the generation on the server; `result` then says "cancelled". Nothing if it has ended."""
         with suppress(SidecarDisconnected):
-            _call(self._portal, self._generation.cancel)
+            call(self._portal, self._generation.cancel)
 
     def _wait(self, work: Callable[[], Awaitable[ResultT]]) -> ResultT:
         left = self._deadline - time.monotonic()
-        return _wait(self._portal, work, None if left == math.inf else max(left, 0))
+        return wait(self._portal, work, None if left == math.inf else max(left, 0))
 
 
 @contextmanager
@@ -171,30 +233,3 @@ def _opened(opening: AbstractAsyncContextManager[Sidecar]) -> Generator[tuple[Bl
         atexit.register(stack.close)
         stack.callback(atexit.unregister, stack.close)
         yield portal, sidecar
-
-
-def _wait(
-    portal: BlockingPortal, work: Callable[[], Awaitable[ResultT]], timeout: float | None = None
-) -> ResultT:
-    with _not_ended():
-        future = portal.start_task_soon(work)
-    try:
-        return future.result(timeout)
-    except BaseException:
-        # Too late, or Ctrl-C: what is cancelled over there is cancelled on the server.
-        future.cancel()
-        raise
-
-
-def _call(portal: BlockingPortal, work: Callable[[], ResultT]) -> ResultT:
-    with _not_ended():
-        future = portal.start_task_soon(work)
-    return future.result()
-
-
-@contextmanager
-def _not_ended() -> Generator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise SidecarDisconnected("The connection to the sidecar has ended, with its block.") from error

@@ -7,6 +7,7 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the arguments of the command."""
     parser.add_argument("--model", metavar="NAME", help="a model that the target can load")
+    parser.add_argument("--adapter", metavar="FOLDER", help="a LoRA adapter of that model")
     parser.add_argument(
         "--framing", choices=["ndjson", "lsp", "both"], default="both", help="(default: %(default)s)"
     )

@@ -22,7 +22,9 @@ def run(arguments: argparse.Namespace) -> int:
         problem = "name either --socket PATH or -- COMMAND" if target is None else "no such transcript"
         sys.stderr.write(f"mlx-sidecar conformance: {problem}\n")
         return WRONG_ARGUMENTS
-    runner = Runner(target, arguments.model, arguments.timeout)
+    given = {"model": arguments.model, "adapter": arguments.adapter}
+    given = {name: value for name, value in given.items() if value is not None}
+    runner = Runner(target, given, arguments.timeout)
     outcomes = runner.run(transcripts, _variants(arguments.framing, arguments.cutting), _show_progress)
     sys.stderr.write("\n")
     details = failures(outcomes)

@@ -19,7 +19,7 @@ from .transcript import Event, Expect, ExpectNothing, ExpectProgress, Send, Sent
 
 TRANSCRIPTS = Path(__file__).parent / "transcripts"
 SETUPS = "setup"
-NEEDS = ("model", "process", "socket")
+NEEDS = ("model", "adapter", "process", "socket")
 EVENTS = ("eof", "closed", "exit", "reconnect", "signal")
 
 _STATEMENT = re.compile(r"(-->frame|-->bytes|-->|<--|<-\*|<~~|===)(?:\s+(.*))?$", re.DOTALL)

@@ -4,7 +4,7 @@ Starting a server and loading a model takes far longer than most conversations. 
 same way share a connection, as long as each leaves it in order.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -50,13 +50,16 @@ class Outcome:
 
 
 class Runner:
-    """Holds what stays the same for a whole run. `patience` bounds, in seconds, every single wait."""
+    """Holds what stays the same for a whole run. `patience` bounds, in seconds, every single wait.
 
-    def __init__(self, target: Target, model: str | None, patience: float) -> None:
+    `given` has values of variables: `model`, which the target can load, and `adapter`, a folder.
+    """
+
+    def __init__(self, target: Target, given: Mapping[str, str], patience: float) -> None:
         self._target = target
-        self._model = model
+        self._given = given
         self._patience = patience
-        self._offers = target.offers | ({"model"} if model is not None else frozenset[str]())
+        self._offers = target.offers | given.keys()
 
     def run(
         self,
@@ -73,7 +76,7 @@ class Runner:
         return outcomes
 
     def _run_variant(self, transcripts: Sequence[Transcript], variant: Variant) -> Iterator[Outcome]:
-        sessions = _Sessions(self._target, variant, self._patience, self._model)
+        sessions = _Sessions(self._target, variant, self._patience, self._given)
         try:
             # Those that end their connection come last: the first of them can still use a shared one.
             for transcript in sorted(transcripts, key=lambda one: (one.ends_connection, one.name)):
@@ -104,11 +107,11 @@ class _Session:
 class _Sessions:
     """Open connections of one variant, by the setup they have been opened with."""
 
-    def __init__(self, target: Target, variant: Variant, patience: float, model: str | None) -> None:
+    def __init__(self, target: Target, variant: Variant, patience: float, given: Mapping[str, str]) -> None:
         self._target = target
         self._variant = variant
         self._patience = patience
-        self._variables = {} if model is None else {"model": as_variable(model)}
+        self._variables = {name: as_variable(value) for name, value in given.items()}
         self._open: dict[str | None, _Session] = {}
 
     def hold(self, transcript: Transcript) -> Outcome:

@@ -1,8 +1,9 @@
 """The book of streams: every progress a server sends is checked against what came before it.
 
-`seq` counts parts from 1 and rises by the parts that a progress holds. Progress comes only for a token that a
-request in flight has asked with, so all of it before the response. The response's `lastSeq`, `textBytes` and
-`usage.completionTokens` say what has been sent.
+Progress comes only for a token that a request in flight has asked with, so all of it before the response, and
+its `seq` rises. That of an answer counts parts from 1, by the parts that a progress holds, and the response
+says what has been sent: `lastSeq`, `textBytes`, `usage.completionTokens`. Of how far a load or a pull is only
+the newest counts, so some may be left out.
 """
 
 import json
@@ -12,7 +13,10 @@ from .frames import Violation
 
 
 class Stream:
-    """What has come for one progress token. `shown` counts the values that a transcript has looked at."""
+    """What has come for one progress token. `shown` counts the values that a transcript has looked at.
+
+    This one tells how far something is.
+    """
 
     def __init__(self, token: int | str, request_id: Any) -> None:
         self.token = token
@@ -21,6 +25,34 @@ class Stream:
         self.last_seq = 0
         self.shown = 0
         self.ended = False
+
+    def take(self, value: Any) -> None:
+        """Note one progress value; raise Violation if it cannot follow the ones before."""
+        if self.ended:
+            raise Violation("a progress came after the response of its request")
+        members = _members(value)
+        self._check(members)
+        self.last_seq = members["seq"]
+        self.values.append(members)
+
+    def end(self, response: dict[str, Any]) -> None:  # noqa: ARG002
+        """Note the response; raise Violation if its result does not add up."""
+        self.ended = True
+
+    def _check(self, value: dict[str, Any]) -> None:
+        seq, done, total = (value.get(name) for name in ("seq", "doneBytes", "totalBytes"))
+        if not isinstance(seq, int) or not isinstance(done, int) or not isinstance(total, int):
+            raise Violation("how far something is has `seq`, `doneBytes` and `totalBytes`")
+        if not isinstance(value.get("phase"), str):
+            raise Violation("how far something is has a `phase`")
+        if seq <= self.last_seq:
+            raise Violation(f"after seq {self.last_seq} came seq {seq}")
+        if not 0 <= done <= total:
+            raise Violation(f"{done} bytes of {total} cannot be done")
+
+
+class AnswerStream(Stream):
+    """The parts of an answer, which add up to it."""
 
     @property
     def text(self) -> str:
@@ -32,23 +64,9 @@ class Stream:
         """All ids so far."""
         return [token for value in self.values for token in value["tokens"]]
 
-    def take(self, value: Any) -> None:
-        """Note one progress value; raise Violation if it cannot follow the ones before."""
-        if self.ended:
-            raise Violation("a progress came after the response of its request")
-        members = _members(value)
-        seq, merged, text, tokens = (members.get(name) for name in ("seq", "merged", "text", "tokens"))
-        parts = 1 if "merged" not in members else merged
-        if not isinstance(parts, int) or not isinstance(text, str) or not isinstance(tokens, list):
-            raise Violation("a progress value has `seq`, `text`, `tokens`, and perhaps `merged`")
-        if parts < 1 or seq != self.last_seq + parts:
-            raise Violation(f"after seq {self.last_seq} and {parts} part(s) came seq {seq}")
-        self.last_seq += parts
-        self.values.append(members)
-
     def end(self, response: dict[str, Any]) -> None:
         """Note the response; raise Violation if its result does not add up."""
-        self.ended = True
+        super().end(response)
         if "result" not in response:
             return
         result = _members(response["result"])
@@ -61,6 +79,14 @@ class Stream:
             )
         if "text" in result or "tokens" in result:
             raise Violation("the result of a stream repeats its text or its tokens")
+
+    def _check(self, value: dict[str, Any]) -> None:
+        seq, merged, text, tokens = (value.get(name) for name in ("seq", "merged", "text", "tokens"))
+        parts = 1 if "merged" not in value else merged
+        if not isinstance(parts, int) or not isinstance(text, str) or not isinstance(tokens, list):
+            raise Violation("a part of an answer has `seq`, `text`, `tokens`, and perhaps `merged`")
+        if parts < 1 or seq != self.last_seq + parts:
+            raise Violation(f"after seq {self.last_seq} and {parts} part(s) came seq {seq}")
 
 
 class Streams:
@@ -76,7 +102,8 @@ class Streams:
             token, request_id = message["params"]["partialResultToken"], message["id"]
         except (ValueError, KeyError, TypeError, RecursionError):
             return
-        self._streams[json.dumps(token)] = Stream(token, request_id)
+        kind = AnswerStream if message.get("method") == "generate" else Stream
+        self._streams[json.dumps(token)] = kind(token, request_id)
 
     def received(self, message: dict[str, Any]) -> None:
         """Note a progress, or the response to a streamed request; raise Violation if it is out of place."""
@@ -95,8 +122,9 @@ class Streams:
         return self._streams[token]
 
     def contents(self) -> dict[str, tuple[str, list[int]]]:
-        """Return text and ids of every stream, by token."""
-        return {str(stream.token): (stream.text, stream.tokens) for stream in self._streams.values()}
+        """Return text and ids of every answer, by token."""
+        answers = [stream for stream in self._streams.values() if isinstance(stream, AnswerStream)]
+        return {str(answer.token): (answer.text, answer.tokens) for answer in answers}
 
 
 def _members(value: Any) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from support.checked_target import CheckedTarget
-from support.tiny_model import make_tiny_model
-from support.toy_model import MODEL as TOY_MODEL
+from support.tiny_adapter import random_matrices, write_mlx_lm
+from support.tiny_model import HIDDEN, LAYERS, make_tiny_model
 from support.wire import COMMAND, Listening
 
 from mlx_sidecar.conformance.connection import Cutting
@@ -22,6 +22,7 @@ from mlx_sidecar.conformance.target import ProcessTarget, SocketTarget
 from mlx_sidecar.protocol.framing import Framing
 
 PATIENCE_SECONDS = 30.0
+TOY_GIVEN = {"model": "toy", "adapter": "/toy-adapter"}
 TOY = Path(__file__).parents[1] / "support" / "toy_server.py"
 TRANSCRIPTS = load_transcripts()
 EVERYWHERE = {
@@ -46,8 +47,9 @@ STREAMS = names("""
     cancel/during-decode cancel/one-of-two-alike cancel/twice flow/acks-are-absolute
     flow/acks-open-the-window flow/acks-without-flow-control flow/held-back-and-merged
     flow/streams-are-paced-apart lifecycle/end-of-input-lets-work-end lifecycle/shutdown-cancels
-    lifecycle/signal methods/generate-alike methods/unload-by-force methods/unload-waits streams/add-up
-    streams/first-part streams/other-answers-overtake streams/tokens-may-be-numbers-or-strings
+    lifecycle/signal methods/adapters-by-force methods/adapters-wait methods/generate-alike methods/reload
+    methods/unload-waits streams/add-up streams/first-part streams/other-answers-overtake
+    streams/tokens-may-be-numbers-or-strings
 """)
 UNKNOWN_METHODS = names("""
     framing/long-line framing/separators-are-escaped ids/come-back-as-they-went ids/used-again
@@ -55,6 +57,8 @@ UNKNOWN_METHODS = names("""
     jsonrpc/notifications-asked-as-requests jsonrpc/unknown-method lifecycle/before-initialize
 """)
 FAILING: dict[str, set[str]] = {
+    "adapters-ignored": names("errors/adapter-not-loaded errors/invalid-adapter methods/adapters"),
+    "aliases-outlive-models": names("methods/alias-of-a-load"),
     "answers-notifications": names("""
         batch/as-many-as-allowed batch/notifications-only jsonrpc/examples jsonrpc/examples-of-batches
         jsonrpc/many-in-one-write jsonrpc/notifications-are-silent lifecycle/before-initialize
@@ -78,6 +82,8 @@ FAILING: dict[str, set[str]] = {
         "batch/as-many-as-allowed batch/empty jsonrpc/examples-of-batches"
     ),
     "exits-with-zero": names("lifecycle/exit-without-shutdown"),
+    "force-is-quiet": names("methods/adapters-by-force methods/unload-by-force methods/unload-forced-later"),
+    "force-spreads": names("methods/adapters-by-force"),
     "ids-become-strings": EVERYWHERE
     - names("""
         batch/batches-do-not-nest batch/empty batch/not-json batch/notifications-only cancel/unknown-ids
@@ -92,10 +98,11 @@ FAILING: dict[str, set[str]] = {
         batch/members-can-be-cancelled cancel/before-it-began cancel/during-decode
         cancel/one-of-two-alike cancel/only-the-one-that-is-meant cancel/twice flow/acks-open-the-window
         flow/streams-are-paced-apart ids/in-flight lifecycle/shutdown-cancels lifecycle/signal
-        methods/unload-by-force streams/other-answers-overtake
+        methods/adapters-by-force streams/other-answers-overtake
     """),
     "ignores-deadlines": names("errors/deadline-exceeded"),
     "ignores-the-window": names("flow/held-back-and-merged"),
+    "load-goes-back": names("methods/load-tells-how-far methods/reload-tells-how-far"),
     "loses-work-at-the-end": names("lifecycle/end-of-input-lets-work-end"),
     "miscounts-bytes": STREAMS | names("cancel/before-it-began streams/without-text"),
     "no-jsonrpc-member": EVERYWHERE - {"lifecycle/end-of-input"},
@@ -103,7 +110,9 @@ FAILING: dict[str, set[str]] = {
         lifecycle/shutdown-and-exit lifecycle/shutdown-before-initialize lifecycle/shutdown-cancels
         lifecycle/shutdown-in-the-same-write
     """),
-    "progress-after-the-response": STREAMS | names("errors/deadline-exceeded"),
+    "progress-after-the-response": STREAMS
+    | names("errors/deadline-exceeded methods/unload-by-force methods/unload-forced-later"),
+    "reload-cancels": names("methods/reload"),
     "repairs-bad-utf-8": names("framing/bad-utf-8"),
     "separators-end-lines": names("""
         framing/separators-do-not-end-lines json/invalid json/invalid-inside json/valid
@@ -111,18 +120,21 @@ FAILING: dict[str, set[str]] = {
     "separators-not-escaped": names("""
         framing/separators-are-escaped framing/separators-do-not-end-lines methods/text-with-separators
     """),
+    "settings-forgotten": names("methods/load-settings"),
     "unknown-method-is-invalid": UNKNOWN_METHODS | names("batch/errors-inside jsonrpc/examples-of-batches"),
 }
 """What each way of being wrong makes fail."""
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny model with a context for answers that take long enough to be cancelled."""
+def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A tiny model with a context for answers that take long enough to be cancelled, and an adapter of it."""
     folder = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 1024}))
-    return str(folder)
+    layers = {f"model.layers.{layer}.self_attn.q_proj": (HIDDEN, HIDDEN) for layer in range(LAYERS)}
+    adapter = write_mlx_lm(folder.parent / "adapter", random_matrices(layers, seed=1, rank=4))
+    return {"model": str(folder), "adapter": str(adapter)}
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +156,7 @@ def failing() -> Generator[Failing]:
 
     def run(broken: str | None) -> set[str]:
         target = ProcessTarget([*command, broken] if broken else command)
-        outcomes = Runner(target, TOY_MODEL, PATIENCE_SECONDS).run(TRANSCRIPTS, [variant])
+        outcomes = Runner(target, TOY_GIVEN, PATIENCE_SECONDS).run(TRANSCRIPTS, [variant])
         return {outcome.transcript.name for outcome in outcomes if outcome.failed is not None}
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -152,8 +164,8 @@ def failing() -> Generator[Failing]:
         yield lambda broken: runs[broken].result()
 
 
-def run(target: ProcessTarget | SocketTarget, model: str, variant: Variant) -> set[str]:
-    outcomes = Runner(CheckedTarget(target), model, PATIENCE_SECONDS).run(TRANSCRIPTS, [variant])
+def run(target: ProcessTarget | SocketTarget, given: dict[str, str], variant: Variant) -> set[str]:
+    outcomes = Runner(CheckedTarget(target), given, PATIENCE_SECONDS).run(TRANSCRIPTS, [variant])
     if details := failures(outcomes):
         pytest.fail(details, pytrace=False)
     skipped = {outcome.skipped for outcome in outcomes if outcome.skipped is not None}
@@ -161,15 +173,15 @@ def run(target: ProcessTarget | SocketTarget, model: str, variant: Variant) -> s
 
 
 @pytest.mark.parametrize("variant", ALL_VARIANTS, ids=str)
-def test_our_server_keeps_every_promise_over_stdio(variant: Variant, model: str) -> None:
-    assert run(ProcessTarget([COMMAND, "serve"]), model, variant) == {"needs socket"}
+def test_our_server_keeps_every_promise_over_stdio(variant: Variant, given: dict[str, str]) -> None:
+    assert run(ProcessTarget([COMMAND, "serve"]), given, variant) == {"needs socket"}
 
 
 @pytest.mark.parametrize("variant", ALL_VARIANTS, ids=str)
 def test_our_server_keeps_every_promise_over_a_socket(
-    variant: Variant, model: str, server: Listening
+    variant: Variant, given: dict[str, str], server: Listening
 ) -> None:
-    assert run(SocketTarget(server.path), model, variant) == {"needs process"}
+    assert run(SocketTarget(server.path), given, variant) == {"needs process"}
 
 
 def test_a_server_that_shares_no_code_with_ours_passes_too(failing: Failing) -> None:

@@ -4,6 +4,7 @@ Whatever the server says to it in here must be valid by the schema.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Generator
@@ -15,7 +16,8 @@ import pytest
 from anyio.abc import ByteStream
 from support.checked_stream import CheckedStream
 from support.scripted_server import ScriptedServer, talking
-from support.tiny_model import END, make_tokenizer
+from support.tiny_adapter import random_matrices, write_mlx_lm
+from support.tiny_model import END, HIDDEN, LAYERS, make_tokenizer
 from support.wire import COMMAND, PATIENCE_SECONDS, Listening
 
 from mlx_sidecar.client import (
@@ -28,6 +30,7 @@ from mlx_sidecar.client import (
     Transport,
 )
 from mlx_sidecar.client.connection import Connection
+from mlx_sidecar.protocol.messages import LoadProgress
 
 pytestmark = pytest.mark.anyio
 
@@ -60,6 +63,12 @@ def problems(monkeypatch: pytest.MonkeyPatch) -> Generator[list[str]]:
 def path(listening_server: Listening) -> Path:
     """The socket of a server that has both models loaded."""
     return listening_server.path
+
+
+@pytest.fixture
+def other_model(roomy_model: Path, tmp_path: Path) -> Path:
+    """One that nobody has loaded yet, with room for answers that only end by force."""
+    return Path(shutil.copytree(roomy_model, tmp_path / "other"))
 
 
 async def test_a_server_that_does_not_keep_to_the_schema_is_found(problems: list[str]) -> None:
@@ -103,6 +112,31 @@ async def test_errors_are_typed_and_the_next_request_works(path: Path) -> None:
             await sidecar.load("nothing", nonsense=1)
         assert (caught.value.kind, caught.value.data["path"]) == ("invalid_params", "nonsense")
         assert (await sidecar.ping()).state == "ready"
+
+
+async def test_a_load_that_is_given_up_by_its_watcher_is_not_there(path: Path, other_model: Path) -> None:
+    def enough(_: LoadProgress) -> None:
+        raise ZeroDivisionError
+
+    async with Sidecar.connect(path) as sidecar:
+        with pytest.raises(ZeroDivisionError):
+            await sidecar.load(str(other_model), on_progress=enough)
+        with pytest.raises(SidecarRequestError) as caught:
+            await sidecar.tokenize(str(other_model), text="hello")
+        assert caught.value.kind == "model_not_loaded"
+
+
+async def test_whoever_is_forced_out_of_a_model_is_told_behind_the_parts_that_came(
+    path: Path, other_model: Path
+) -> None:
+    async with Sidecar.connect(path) as sidecar:
+        model = (await sidecar.load(str(other_model))).model
+        generation = sidecar.generate(model, **ENDLESS)
+        assert await generation.take()
+        assert (await sidecar.unload(model, force=True)).state == "unloaded"
+        with pytest.raises(SidecarRequestError) as caught:
+            await generation.text()
+        assert (caught.value.kind, caught.value.data["model"]) == ("unloaded", model)
 
 
 async def test_identical_answers_are_worked_out_once_and_whole_for_everybody(
@@ -247,11 +281,33 @@ def test_the_client_that_waits_does_the_same(path: Path, tiny_model: Path, roomy
 # -- with a process of its own --
 
 
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter of the tiny model."""
+    layers = {f"model.layers.{layer}.self_attn.q_proj": (HIDDEN, HIDDEN) for layer in range(LAYERS)}
+    folder = tmp_path_factory.mktemp("adapters") / "poet"
+    return write_mlx_lm(folder, random_matrices(layers, seed=1, rank=4))
+
+
 @pytest.mark.parametrize("transport", ["stdio", "pipe"])
-async def test_every_method_has_its_result(tiny_model: Path, transport: Transport) -> None:
+async def test_every_method_has_its_result(tiny_model: Path, adapter: Path, transport: Transport) -> None:
     async with Sidecar.spawn(SERVE, transport=transport) as sidecar:
         assert (await sidecar.server_info()).process_id == sidecar.process_id
-        model = (await sidecar.load(str(tiny_model), dtype="float32")).model
+        far: list[LoadProgress] = []
+        loaded = await sidecar.load(str(tiny_model), dtype="float32", alias="writer", on_progress=far.append)
+        model = loaded.model
+        assert [part.seq for part in far] == list(range(1, len(far) + 1))
+        assert far[-1].done_bytes == far[-1].total_bytes == loaded.bytes
+        assert (await sidecar.reload("writer", on_progress=far.append)).state == "ready"
+        assert (await sidecar.alias("poetess", "writer")).model == model
+        assert (await sidecar.load_adapter("writer", "poet", adapter)).modules == LAYERS
+        assert await sidecar.generate("writer", adapter="poet", **SHORT).text()
+        assert (await sidecar.unload_adapter(model, "poet")).adapter == "poet"
+        assert (await sidecar.models())[0].aliases == ["poetess", "writer"]
+        assert (await sidecar.alias("writer", None)).previous == model
+        with pytest.raises(SidecarRequestError) as caught:
+            await sidecar.pull("no such model", revision="main")
+        assert caught.value.kind == "pull_failed"
         tokens = await sidecar.tokenize(model, text="hello world")
         assert await sidecar.detokenize(model, tokens) == "hello world"
         assert [entry.model for entry in await sidecar.models()] == [model]
@@ -262,10 +318,22 @@ async def test_every_method_has_its_result(tiny_model: Path, transport: Transpor
         assert await sidecar.close() == 0
 
 
-def test_every_method_of_the_client_that_waits_has_its_result(tiny_model: Path) -> None:
+def test_every_method_of_the_client_that_waits_has_its_result(tiny_model: Path, adapter: Path) -> None:
     with SyncSidecar.spawn(SERVE) as sidecar:
         assert sidecar.server_info().process_id == sidecar.process_id
-        model = sidecar.load(str(tiny_model), dtype="float32", timeout=PATIENCE_SECONDS).model
+        far: list[LoadProgress] = []
+        model = sidecar.load(
+            str(tiny_model), dtype="float32", timeout=PATIENCE_SECONDS, on_progress=far.append
+        ).model
+        assert [part.seq for part in far] == list(range(1, len(far) + 1))
+        assert sidecar.reload(model, timeout=PATIENCE_SECONDS).state == "ready"
+        assert sidecar.alias("writer", model).previous is None
+        assert sidecar.load_adapter("writer", "poet", adapter).rank == 4
+        assert sidecar.generate("writer", adapter="poet", **SHORT).text()
+        assert sidecar.unload_adapter("writer", "poet", force=True).model == model
+        with pytest.raises(SidecarRequestError) as caught:
+            sidecar.pull("no such model", revision="main")
+        assert caught.value.kind == "pull_failed"
         assert sidecar.detokenize(model, sidecar.tokenize(model, text="hello world")) == "hello world"
         assert [entry.model for entry in sidecar.models()] == [model]
         assert sidecar.ping().in_flight == 0

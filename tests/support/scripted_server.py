@@ -50,7 +50,10 @@ class ScriptedServer:
 
     async def part(self, request: Json, seq: int, text: str) -> None:
         """Send a part of an answer."""
-        value = {"seq": seq, "text": text, "tokens": [seq]}
+        await self.progress(request, {"seq": seq, "text": text, "tokens": [seq]})
+
+    async def progress(self, request: Json, value: Json) -> None:
+        """Send a `$/progress` for a request."""
         token = request["params"]["partialResultToken"]
         await self.send({"method": "$/progress", "params": {"token": token, "value": value}})
 

@@ -25,7 +25,6 @@ class Server(Protocol):
     """What the work needs of the server."""
 
     window: int | None
-    loaded: bool
     works: "dict[str, Work]"
 
     def broken(self, name: str) -> bool: ...
@@ -62,26 +61,13 @@ class Tokenizing(Work):
         self._steps -= 1
 
 
-class Unloading(Work):
-    """Waits until nobody uses the model."""
-
-    def __init__(self, answer: Answer, server: Server) -> None:
-        super().__init__(answer)
-        self._server = server
-
-    def step(self) -> None:
-        """Look whether the model is free."""
-        if not any(isinstance(work, Generating) for work in self._server.works.values()):
-            self._server.loaded = False
-            self.result = {"model": MODEL, "state": "unloaded"}
-
-
 class Generating(Work):
     """Says a token in every step: the one that `logitBias` wants, or the prompt over and over."""
 
     def __init__(self, answer: Answer, server: Server, params: Json, prompt: list[int]) -> None:
         super().__init__(answer)
         self.token = params.get("partialResultToken")
+        self.adapter = params.get("adapter")
         self.said: list[int] = []
         self._server = server
         self._prompt = prompt

@@ -59,6 +59,17 @@ def members(**checks: Check) -> Check:
     return check
 
 
+def name(value: Any) -> str | None:
+    """Check for a name."""
+    return None if isinstance(value, str) and 0 < len(value) <= 256 else ""
+
+
+def nullable(check: Check) -> Check:
+    """Check for null, or what passes `check`."""
+    return lambda value: None if value is None else check(value)
+
+
+_TOKEN = kind(int, str)
 _TOKENS = items(integer(0))
 _MESSAGES = items(members(role_=choice("system", "user", "assistant", "tool"), content_=kind(str)))
 _PROMPTS: dict[str, Check] = {"messages": _MESSAGES, "tokens": _TOKENS, "prompt": kind(str)}
@@ -67,13 +78,26 @@ PARAMS: dict[str, Check] = {
     "initialize": members(
         protocolVersion_=kind(int),
         clientInfo=members(name_=kind(str), version=kind(str)),
-        processId=lambda value: None if value is None else integer(1, SAFE_INTEGER)(value),
+        processId=nullable(integer(1, SAFE_INTEGER)),
         capabilities=kind(dict),
         flowControl=members(windowBytes_=integer(1, SAFE_INTEGER)),
     ),
     **dict.fromkeys(("ping", "server/info", "rpc.discover", "models", "stats", "shutdown"), members()),
-    "load": members(model_=kind(str), dtype=choice("auto", "stored", "float32", "float16", "bfloat16")),
+    "load": members(
+        model_=kind(str),
+        revision=name,
+        alias=name,
+        dtype=choice("auto", "stored", "float32", "float16", "bfloat16"),
+        pin=kind(bool),
+        ttlMs=nullable(integer(0, SAFE_INTEGER)),
+        partialResultToken=_TOKEN,
+    ),
+    "reload": members(model_=kind(str), partialResultToken=_TOKEN),
     "unload": members(model_=kind(str), force=kind(bool)),
+    "alias": members(alias_=name, model_=nullable(kind(str))),
+    "pull": members(model_=kind(str), revision=name, partialResultToken=_TOKEN),
+    "loadAdapter": members(model_=kind(str), adapter_=name, path_=kind(str)),
+    "unloadAdapter": members(model_=kind(str), adapter_=name, force=kind(bool)),
     "tokenize": members(model_=kind(str), text=kind(str), messages=_MESSAGES, addSpecialTokens=kind(bool)),
     "detokenize": members(model_=kind(str), tokens_=_TOKENS),
     "generate": members(
@@ -85,11 +109,12 @@ PARAMS: dict[str, Check] = {
         stop=items(kind(str)),
         stopTokenIds=_TOKENS,
         logitBias=kind(dict),
-        logProbs=lambda value: None if value is None else integer(0, 20)(value),
+        logProbs=nullable(integer(0, 20)),
+        adapter=name,
         priority=choice("critical", "high", "normal", "low"),
         deadlineMs=integer(1),
         deduplicate=kind(bool),
-        partialResultToken=kind(int, str),
+        partialResultToken=_TOKEN,
         **_PROMPTS,
     ),
 }

@@ -14,28 +14,36 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn, cast
 
-from toy_model import CONTEXT, MODEL, Answer, Failed, Generating, Json, Tokenizing, Unloading, Work, ids
+from toy_model import CONTEXT, Answer, Failed, Generating, Json, Tokenizing, Work, ids
 from toy_params import PARAMS, SAFE_INTEGER
+from toy_registry import Registry
 
 BREAKS = (
+    "adapters-ignored",
+    "aliases-outlive-models",
     "answers-notifications",
     "answers-twice",
     "batch-answered-apart",
     "dies-on-garbage",
     "empty-batch-answered-with-array",
     "exits-with-zero",
+    "force-is-quiet",
+    "force-spreads",
     "ids-become-strings",
     "ignores-cancel",
     "ignores-deadlines",
     "ignores-the-window",
+    "load-goes-back",
     "loses-work-at-the-end",
     "miscounts-bytes",
     "no-jsonrpc-member",
     "null-result-left-out",
     "progress-after-the-response",
+    "reload-cancels",
     "repairs-bad-utf-8",
     "separators-end-lines",
     "separators-not-escaped",
+    "settings-forgotten",
     "unknown-method-is-invalid",
 )
 LIMITS = {
@@ -46,7 +54,10 @@ LIMITS = {
     "maxUnsentBytes": 1 << 20,
 }
 BEFORE_INITIALIZE = ("initialize", "ping", "server/info", "rpc.discover", "shutdown")
-OF_A_LOADED_MODEL = ("unload", "tokenize", "detokenize", "generate")
+OF_A_LOADED_MODEL = (
+    *("reload", "unload", "alias", "loadAdapter", "unloadAdapter"),
+    *("tokenize", "detokenize", "generate"),
+)
 REQUESTS = ("started", "finished", "cancelled", "failed", "shared", "overloaded", "deadlineExceeded")
 ENGINE = ("steps", "sequences", "prefilling", "running", "decodeGroups")
 LONGEST_ID = 1000
@@ -106,8 +117,8 @@ class Toy:
         self._initialized = self._shut_down = False
         self._finished = self._completion = 0
         self.window: int | None = None
-        self.loaded = False
         self.works: dict[str, Work] = {}
+        self._registry = Registry(self)
 
     def broken(self, name: str) -> bool:
         """Whether to break the promise called `name`."""
@@ -284,8 +295,8 @@ class Toy:
         path = PARAMS[method](params)
         if path is not None:
             raise Failed(-32602, "invalid_params", path=path.lstrip("."))
-        if method in OF_A_LOADED_MODEL and not (self.loaded and params["model"] == MODEL):
-            raise Failed(1002, "model_not_loaded", model=params["model"])
+        if method in OF_A_LOADED_MODEL and params["model"] is not None:
+            self._registry.find(params["model"])
 
     # -- methods --
 
@@ -313,21 +324,28 @@ class Toy:
         return {"openrpc": "1.4.1", "info": {"title": "toy", "version": "0"}, "methods": methods}
 
     def _do_load(self, params: Json, _: Answer) -> Json:
-        if params["model"] != MODEL:
-            code, kind = (1003, "invalid_model") if params["model"] == "/" else (1001, "model_not_found")
-            raise Failed(code, kind, model=params["model"])
-        self.loaded = True
-        phases = {"runtimeMs": 0, "weightsMs": 0, "warmupMs": 0}
-        return {**self._models()[0], "vocabulary": sys.maxunicode + 1, "loadMs": 0, "phases": phases}
+        return self._registry.load(params)
+
+    def _do_reload(self, params: Json, _: Answer) -> Json:
+        return self._registry.reload(params)
 
     def _do_unload(self, params: Json, answer: Answer) -> Work:
-        for work in self.works.values():
-            if params.get("force") and isinstance(work, Generating):
-                work.cancel()
-        return Unloading(answer, self)
+        return self._registry.unload(params, answer)
+
+    def _do_alias(self, params: Json, _: Answer) -> Json:
+        return self._registry.alias(params)
 
     def _do_models(self, _: Json, __: Answer) -> Json:
-        return {"models": self._models()}
+        return {"models": self._registry.infos()}
+
+    def _do_pull(self, params: Json, _: Answer) -> Json:
+        raise Failed(1018, "pull_failed", model=params["model"])
+
+    def _do_loadAdapter(self, params: Json, _: Answer) -> Json:  # noqa: N802
+        return self._registry.load_adapter(params)
+
+    def _do_unloadAdapter(self, params: Json, answer: Answer) -> Work:  # noqa: N802
+        return self._registry.unload_adapter(params, answer)
 
     def _do_tokenize(self, params: Json, answer: Answer) -> Work:
         return Tokenizing(answer, "".join(map(chr, ids(params))))
@@ -339,6 +357,7 @@ class Toy:
         given = [name for name in ("prompt", "tokens", "messages") if name in params]
         if len(given) != 1 or not params[given[0]]:
             raise Failed(-32602, "invalid_params", path=given[-1] if given else "messages")
+        self._registry.use(params)
         prompt = _known(ids(params))
         if len(prompt) >= CONTEXT:
             raise Failed(1004, "context_overflow", promptTokens=len(prompt), contextLength=CONTEXT)
@@ -346,22 +365,20 @@ class Toy:
 
     def _do_stats(self, _: Json, __: Answer) -> Json:
         memory = ("residentBytes", "peakResidentBytes", "mlxActiveBytes", "mlxCacheBytes", "mlxPeakBytes")
+        pressure = {"level": "none", **dict.fromkeys(("caches", "models", "requests", "restored"), 0)}
         absent = {"active": False, "reason": "a toy has none"}
         return {
             "uptimeMs": 0,
-            "memory": dict.fromkeys(memory, 0),
+            "memory": {**dict.fromkeys(memory, 0), "pressure": pressure},
             "requests": dict.fromkeys(REQUESTS, 0) | {"finished": self._finished},
             "tokens": {"prompt": 0, "completion": self._completion},
             "engine": {"state": "ready", **dict.fromkeys(ENGINE, 0), "sequences": len(self.works)}
             | {"waiting": dict.fromkeys(("critical", "high", "normal", "low"), 0)},
-            "models": self._models(),
+            "models": self._registry.infos(),
+            "residency": dict.fromkeys(("evicted", "expired", "broughtBack"), 0),
+            "prediction": {**absent, **dict.fromkeys(("predictions", "hits", "misses"), 0)},
             "native": {"blas": absent, "pages": absent, "pulse": absent},
         }
-
-    def _models(self) -> list[Json]:
-        using = sum(isinstance(work, Generating) for work in self.works.values())
-        facts = {"dtype": "none", "parameters": 1, "contextLength": CONTEXT, "bytes": 1}
-        return [{"model": MODEL, "state": "ready", "inUse": using, **facts}] if self.loaded else []
 
     def _info(self) -> Json:
         return {

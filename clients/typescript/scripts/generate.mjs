@@ -28,8 +28,8 @@ async function generate(document) {
   const messages = document.methods.filter((method) => method.result === undefined);
   const types = [
     ...Object.values(schemas).map(typed),
-    map("Methods", "Every method: what it takes and what it gives.", calls, (method) =>
-      object({ params: paramsOf(method), result: typed(method.result.schema) }),
+    map("Methods", "Every method: what it takes, what it gives, and what it tells on the way.", calls, (method) =>
+      object({ params: paramsOf(method), result: typed(method.result.schema), progress: progressOf(method) }),
     ),
     map("ClientNotifications", "What a client sends without an answer: its params.", messages, paramsOf),
     map("ServerNotifications", "What the server sends: its params.", document["x-notifications"], paramsOf),
@@ -46,6 +46,11 @@ function map(title, description, entries, typeOf) {
 
 function paramsOf(entry) {
   return typed(entry["x-params"]);
+}
+
+function progressOf(method) {
+  const progress = method["x-partialResult"];
+  return progress === undefined ? { tsType: "never" } : typed(progress.schema);
 }
 
 function object(properties) {

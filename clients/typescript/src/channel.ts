@@ -1,10 +1,10 @@
-import type { GenerateProgress, Methods } from "./generated/protocol.js";
+import type { Methods } from "./generated/protocol.js";
 
-export interface SendOptions {
+export interface SendOptions<M extends keyof Methods> {
   /** Aborting rejects the response with the signal's reason at once, and cancels the request on the server. */
   signal?: AbortSignal | undefined;
-  /** Called with every progress of the request, all of it before the response. */
-  onProgress?: (value: GenerateProgress) => void;
+  /** Called with every progress of the request, all of it before the response. Throwing is like aborting. */
+  onProgress?: ((value: Methods[M]["progress"]) => void) | undefined;
   /** This request does not make the connection busy. */
   background?: boolean;
 }
@@ -23,7 +23,7 @@ export interface Channel {
   request<M extends keyof Methods>(
     method: M,
     params: Methods[M]["params"],
-    options?: SendOptions,
+    options?: SendOptions<M>,
   ): Request<Methods[M]["result"]>;
 }
 

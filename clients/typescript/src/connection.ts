@@ -9,7 +9,9 @@ import { LineSplitter } from "./lines.js";
 interface Pending {
   resolve: (result: never) => void;
   reject: (reason: unknown) => void;
-  onProgress: ((value: wire.GenerateProgress) => void) | undefined;
+  /** Rejects at once, and cancels the request on the server. */
+  abort: (reason: unknown) => void;
+  onProgress: ((value: never) => void) | undefined;
   /** Called when the request has left the table, for whatever reason. */
   forget: () => void;
 }
@@ -57,7 +59,7 @@ export class Connection implements Channel {
   request<M extends keyof wire.Methods>(
     method: M,
     params: wire.Methods[M]["params"],
-    { signal, onProgress, background = false }: SendOptions = {},
+    { signal, onProgress, background = false }: SendOptions<M> = {},
   ): Request<wire.Methods[M]["result"]> {
     const id = this.#nextId++;
     const cancel = () => {
@@ -73,17 +75,18 @@ export class Connection implements Channel {
       const token = onProgress && { partialResultToken: id };
       const message = { jsonrpc: "2.0", id, method, params: { ...params, ...token } };
       const frame = this.#encode(message);
-      const abort = () => {
+      const abort = (reason: unknown) => {
         cancel();
-        this.#take(id)?.reject(signal?.reason);
+        this.#take(id)?.reject(reason);
       };
-      signal?.addEventListener("abort", abort, { once: true });
+      const aborted = () => abort(signal?.reason);
+      signal?.addEventListener("abort", aborted, { once: true });
       if (!background) this.#count(1);
       const forget = () => {
-        signal?.removeEventListener("abort", abort);
+        signal?.removeEventListener("abort", aborted);
         if (!background) this.#count(-1);
       };
-      this.#pending.set(id, { resolve: resolve as Pending["resolve"], reject, onProgress, forget });
+      this.#pending.set(id, { resolve: resolve as Pending["resolve"], reject, abort, onProgress, forget });
       this.#write(message, frame);
     });
     return { response, cancel, acknowledge };
@@ -133,14 +136,22 @@ export class Connection implements Channel {
   #dispatch(message: Incoming): void {
     this.#tell("received", message);
     if (message.method === "$/progress") {
-      const { token, value } = message.params ?? {};
-      if (value !== undefined) this.#pending.get(token)?.onProgress?.(value);
+      this.#progress(message.params ?? {});
     } else if (message.method === undefined && typeof message.id === "number") {
       const pending = this.#take(message.id);
       if (message.error == null) pending?.resolve(message.result as never);
       else pending?.reject(new SidecarRequestError(message.error));
     } else if (message.method === undefined && message.id === null) {
       this.#warn(message.error?.message);
+    }
+  }
+
+  #progress({ token, value }: Partial<wire.ProgressParams>): void {
+    const pending = this.#pending.get(token);
+    try {
+      if (value !== undefined) pending?.onProgress?.(value as never);
+    } catch (error) {
+      pending?.abort(error);
     }
   }
 

@@ -1,5 +1,6 @@
 export type { WireMessage } from "./channel.js";
 export { SidecarClient } from "./client.js";
+export type { ProgressOptions } from "./client.js";
 export type { RequestOptions } from "./deadline.js";
 export {
   SidecarError,

@@ -8,7 +8,7 @@ export function requestLater<M extends keyof Methods>(
   next: Promise<Session>,
   method: M,
   params: Methods[M]["params"],
-  options: SendOptions,
+  options: SendOptions<M>,
 ): Request<Methods[M]["result"]> {
   let sent: Request<Methods[M]["result"]> | undefined;
   let cancelled = false;

@@ -2,7 +2,8 @@ import { setTimeout as sleep } from "node:timers/promises";
 
 import type { Channel, Request, SendOptions } from "./channel.js";
 import { SidecarExitedError, SidecarGaveUpError, SidecarRequestError } from "./errors.js";
-import type { LoadParams, Methods } from "./generated/protocol.js";
+import type { Methods } from "./generated/protocol.js";
+import { Holdings, type Holding } from "./holdings.js";
 import { requestLater } from "./later.js";
 import { Restarts, type RestartPolicy } from "./restarts.js";
 import { Session, type SpawnOptions } from "./session.js";
@@ -13,14 +14,14 @@ export interface Restart {
   cause: SidecarExitedError;
   /** How many starts it took. */
   attempts: number;
-  /** Models that were loaded and could not be loaded again. */
-  lost: { model: string; error: SidecarRequestError }[];
+  /** Models that were loaded and could not be loaded again; or, of those that could, `adapter` or `alias`. */
+  lost: (Holding & { error: SidecarRequestError })[];
 }
 
 export interface SuperviseOptions extends SpawnOptions {
   /** By default at most 5 restarts within 180 seconds, the first after at most 100 ms. */
   restart?: Partial<RestartPolicy>;
-  /** Called when the sidecar runs again and its models are loaded. */
+  /** Called when the sidecar runs again and holds what the last one held. */
   onRestart?: (restart: Restart) => void;
   /** Called once, when it ended and will not be started again; every request fails with this from then on. */
   onGiveUp?: (error: SidecarGaveUpError) => void;
@@ -30,13 +31,13 @@ export interface SuperviseOptions extends SpawnOptions {
  * Keeps a sidecar running: a channel over one session after the other.
  *
  * What is in flight when a sidecar ends fails, once, and is never sent again: it may have been carried out. What
- * is requested while there is none waits for the next, in which the models of the last are loaded first.
+ * is requested while there is none waits for the next, in which everything that the last one held is loaded first.
  */
 export class Supervisor implements Channel {
   readonly #options: SuperviseOptions;
   readonly #restarts: Restarts;
   readonly #closing = new AbortController();
-  readonly #models = new Map<string, LoadParams>();
+  readonly #holdings = new Holdings();
   #session: Session;
   /** The session to come, while there is none. */
   #next: Promise<Session> | undefined;
@@ -65,13 +66,15 @@ export class Supervisor implements Channel {
   request<M extends keyof Methods>(
     method: M,
     params: Methods[M]["params"],
-    options: SendOptions = {},
+    options: SendOptions<M> = {},
   ): Request<Methods[M]["result"]> {
     const request =
       this.#next === undefined
         ? this.#session.connection.request(method, params, options)
         : requestLater(this.#next, method, params, options);
-    this.#note(method, params, request.response);
+    const note = (result: Methods[M]["result"]) => this.#holdings.note(method, params, result);
+    // A failure is for whoever asked, and so is an answer that makes no sense.
+    request.response.then(note).catch(() => {});
     return request;
   }
 
@@ -81,17 +84,6 @@ export class Supervisor implements Channel {
     const session = await this.#next?.catch(() => undefined);
     await (session ?? this.#session).close();
     return (session ?? this.#session).transport.gone;
-  }
-
-  /** Remembers what is loaded. */
-  #note(method: keyof Methods, params: object, response: Promise<unknown>): void {
-    if (method !== "load" && method !== "unload") return;
-    const loaded = params as LoadParams;
-    const note = () => {
-      if (method === "load") this.#models.set(loaded.model, loaded);
-      else this.#models.delete(loaded.model);
-    };
-    response.then(note, () => {});
   }
 
   #watch({ transport }: Session): void {
@@ -126,11 +118,13 @@ export class Supervisor implements Channel {
   async #startAgain(exit: SidecarExitedError): Promise<Omit<Restart, "cause"> & { session: Session }> {
     const { signal } = this.#closing;
     let cause: unknown = exit;
+    const lost: Restart["lost"] = [];
     for (let attempts = 1; ; attempts++) {
       await sleep(this.#delayAfter(cause), undefined, { signal, ref: false });
       try {
         const session = await Session.spawn({ ...this.#options, signal }, true);
-        return { session, attempts, lost: await this.#loadAgain(session) };
+        await this.#loadAgain(session, lost);
+        return { session, attempts, lost };
       } catch (error) {
         signal.throwIfAborted();
         cause = error;
@@ -138,21 +132,20 @@ export class Supervisor implements Channel {
     }
   }
 
-  async #loadAgain({ connection, transport }: Session): Promise<Restart["lost"]> {
-    const lost: Restart["lost"] = [];
-    for (const params of this.#models.values()) {
+  async #loadAgain({ connection, transport }: Session, lost: Restart["lost"]): Promise<void> {
+    const options = { signal: this.#closing.signal, background: true };
+    for (const { method, params, ...holding } of this.#holdings) {
       try {
-        await connection.request("load", params, { signal: this.#closing.signal, background: true }).response;
+        await connection.request(method, params, options).response;
       } catch (error) {
         if (!(error instanceof SidecarRequestError)) {
           await transport.end();
           throw error;
         }
-        this.#models.delete(params.model);
-        lost.push({ model: params.model, error });
+        this.#holdings.forget(holding);
+        lost.push({ ...holding, error });
       }
     }
-    return lost;
   }
 
   #delayAfter(cause: unknown): number {

@@ -17,7 +17,7 @@ test.each(OVER)("a server that is killed is back over %s, with its model", { tim
   const restarts: Restart[] = [];
   await using sidecar = await SupervisedSidecar.spawn({ transport, onRestart: (restart) => restarts.push(restart) });
   const { instanceId } = sidecar.info;
-  await sidecar.load(model);
+  await sidecar.load({ model, alias: "writer", pin: true });
   const text = await sidecar.generate(capital).text();
 
   const endless = sidecar.generate({ model, prompt: "Once upon a time", maxTokens: 100_000 });
@@ -31,7 +31,9 @@ test.each(OVER)("a server that is killed is back over %s, with its model", { tim
   await assert.rejects(reading(), { name: "SidecarExitedError", signal: "SIGKILL", retryable: true });
   assert.deepEqual(seen.slice(0, 2), [1, 2]);
 
-  assert.equal(await sidecar.generate(capital).text(), text);
+  assert.equal(await sidecar.generate({ ...capital, model: "writer" }).text(), text);
+  const [held] = await sidecar.models();
+  assert.deepEqual([held?.model, held?.aliases, held?.pinned], [model, ["writer"], true]);
   assert.deepEqual(
     restarts.map(({ attempts, lost }) => [attempts, lost]),
     [[1, []]],

@@ -4,7 +4,14 @@ import assert from "node:assert/strict";
 
 import { afterAll, beforeAll, test } from "vitest";
 
-import { Sidecar, SidecarExitedError, type GenerateProgress, type LoadResult, type Message } from "../src/index.js";
+import {
+  Sidecar,
+  SidecarExitedError,
+  type GenerateProgress,
+  type LoadProgress,
+  type LoadResult,
+  type Message,
+} from "../src/index.js";
 
 const timeout = 120_000;
 const model = "smollm2-135m";
@@ -189,16 +196,59 @@ test("a signal that times out rejects a request with its own reason", { timeout 
   await untilIdle();
 });
 
-test("models tells what is in memory", { timeout }, async () => {
+test("models tells what was loaded, and what it is called", { timeout }, async () => {
   const { dtype, parameters, contextLength, bytes } = loaded;
-  const info = { model, state: "ready", inUse: 0, dtype, parameters, contextLength, bytes };
-  assert.deepEqual(await sidecar.models(), [info]);
+  assert.deepEqual(await sidecar.alias({ alias: "writer", model }), { alias: "writer", model, previous: null });
+  const info = (await sidecar.models()).find(({ state }) => state === "ready") ?? assert.fail();
+  assert.deepEqual(
+    { ...info, uses: 0, idleMs: 0, kvBytesPerToken: 0, prefillPeakBytes: 0, loadMs: 0, ttlMs: 0, reason: "" },
+    {
+      ...{ model, state: "ready", dtype, parameters, contextLength, bytes, aliases: ["writer"], adapters: [] },
+      ...{ loads: 1, pinned: false, inUse: 0, uses: 0, idleMs: 0, kvBytesPerToken: 0, prefillPeakBytes: 0 },
+      ...{ loadMs: 0, ttlMs: 0, reason: "" },
+    },
+  );
+  assert(info.uses > 0);
 });
 
-test("an unloaded model is gone", { timeout }, async () => {
-  assert.deepEqual(await sidecar.unload(model), { model, state: "unloaded" });
-  assert.deepEqual(await sidecar.models(), []);
+test("what is no adapter, or nowhere, is refused and costs the model nothing", { timeout }, async () => {
+  const adapter = { model: "writer", adapter: "poet", path: "/" };
+  await assert.rejects(sidecar.loadAdapter(adapter), { kind: "invalid_adapter" });
+  await assert.rejects(sidecar.generate({ ...capital, adapter: "poet" }).text(), { kind: "adapter_not_loaded" });
+  await assert.rejects(sidecar.unloadAdapter(adapter as never), { kind: "invalid_params" });
+  await assert.rejects(sidecar.pull("no such model"), { kind: "pull_failed" });
+  assert.match(await sidecar.generate({ ...capital, model: "writer" }).text(), /Paris/);
+});
+
+test("a model is loaded anew while it answers, and tells how far that is", { timeout }, async () => {
+  const answer = sidecar.generate({ model, prompt: "Once upon a time", maxTokens: 20 });
+  const told: LoadProgress[] = [];
+  const { bytes } = await sidecar.reload("writer", { onProgress: (progress) => told.push(progress) });
+  assert.deepEqual(
+    told.map(({ seq }) => seq),
+    told.map((_, index) => index + 1),
+  );
+  const last = told.at(-1) ?? assert.fail();
+  assert.deepEqual([last.doneBytes, last.totalBytes], [bytes, bytes]);
+  assert.equal((await answer.result).finishReason, "length");
+  assert.match(await sidecar.generate(capital).text(), /Paris/);
+});
+
+test("whoever is forced out of a model is told behind what came, and the model is gone", { timeout }, async () => {
+  const answer = sidecar.generate(endless);
+  const parts: string[] = [];
+  const reading = async () => {
+    for await (const { text } of answer) {
+      if (parts.push(text) === 1) unloaded = sidecar.unload({ model, force: true });
+    }
+  };
+  let unloaded: Promise<unknown> | undefined;
+  await assert.rejects(reading(), { kind: "unloaded" });
+  assert(parts.length > 0);
+  assert.deepEqual(await unloaded, { model, state: "unloaded" });
+  assert(!(await sidecar.models()).some((info) => info.model === model));
   await assert.rejects(sidecar.generate(capital).text(), { kind: "model_not_loaded" });
+  await assert.rejects(sidecar.generate({ ...capital, model: "writer" }).text(), { kind: "model_not_loaded" });
 });
 
 test("leaving the scope of an await using ends a server in order", { timeout }, async () => {

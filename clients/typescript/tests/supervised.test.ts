@@ -21,21 +21,33 @@ import { fakeOnTheLine, fakeSidecar, hungUp, Line, runHost } from "./support/chi
 
 const AT_ONCE = { delayMs: 0 };
 
-/** What every fake here does: it remembers what it was asked to load, and ends when it is asked for its stats. */
+/** What every fake here does: it remembers what it was asked to hold, and ends when it is asked for its stats. */
 const MORTAL = `
-  const loaded = [];
+  const held = [];
+  const aliases = {};
   let generated = 0;
-  on.load = ({ id, params }) => { loaded.push(params); say({ id, result: { model: params.model } }); };
-  on.unload = ({ id, params }) => say({ id, result: { model: params.model } });
+  const nameOf = ({ model, revision }) => aliases[model] ?? (revision ? model + "@" + revision : model);
+  const hold = ({ id, params }, result) => { held.push(params); say({ id, result }); };
+  on.load = (message) => {
+    const model = nameOf(message.params);
+    aliases[message.params.alias] = model;
+    hold(message, { model });
+  };
+  on.loadAdapter = (message) => hold(message, { ...message.params, model: nameOf(message.params) });
+  on.alias = (message) => {
+    aliases[message.params.alias] = message.params.model;
+    hold(message, { ...message.params, model: message.params.model && nameOf(message.params) });
+  };
+  on.unload = on.unloadAdapter = ({ id, params }) => say({ id, result: { ...params, model: nameOf(params) } });
   on.generate = () => { generated += 1; };
-  on.models = ({ id }) => say({ id, result: { models: [{ pid: process.pid, loaded, generated }] } });
+  on.models = ({ id }) => say({ id, result: { models: [{ pid: process.pid, held, generated }] } });
   on.stats = () => process.kill(process.pid, "SIGKILL");
   on.ping = ({ id }) => say({ id, result: "pong" });
 `;
 
 interface Memory {
   pid: number;
-  loaded: object[];
+  held: object[];
   generated: number;
 }
 
@@ -107,7 +119,7 @@ describe.each(["stdio", "pipe"] as const)("over %s", (transport) => {
     const after = await memory(sidecar);
     assert.notEqual(after.pid, before.pid);
     assert.equal(sidecar.pid, after.pid);
-    assert.deepEqual(after.loaded, [{ model: "a" }, load]);
+    assert.deepEqual(after.held, [{ model: "a" }, load]);
   });
 
   test("what is asked while there is no sidecar waits for the next, and for its models", async () => {
@@ -115,8 +127,8 @@ describe.each(["stdio", "pipe"] as const)("over %s", (transport) => {
     const { sidecar } = running;
     await sidecar.load("a");
     await assert.rejects(sidecar.stats(), SidecarExitedError);
-    const { loaded } = await memory(sidecar);
-    assert.deepEqual(loaded, [{ model: "a" }]);
+    const { held } = await memory(sidecar);
+    assert.deepEqual(held, [{ model: "a" }]);
   });
 });
 
@@ -140,7 +152,7 @@ test("what was in flight is rejected once, and is not repeated", async () => {
 test("a load that was in flight is not repeated either, and one that failed is forgotten", async () => {
   const script = `
     on.load = ({ id, params }) => {
-      loaded.push(params);
+      held.push(params);
       if (params.model === "bad") say({ id, error: { code: 1003, message: "no", data: { kind: "invalid_model" } } });
       if (params.model === "deadly") process.kill(process.pid, "SIGKILL");
     };
@@ -149,7 +161,7 @@ test("a load that was in flight is not repeated either, and one that failed is f
   const { sidecar } = running;
   await assert.rejects(sidecar.load("bad"), SidecarRequestError);
   await assert.rejects(sidecar.load("deadly"), SidecarExitedError);
-  assert.deepEqual((await memory(sidecar)).loaded, []);
+  assert.deepEqual((await memory(sidecar)).held, []);
 });
 
 test("a generation that is asked for meanwhile is sent to the next, streams, and can be cancelled", async () => {
@@ -255,7 +267,7 @@ test("a start that fails is tried again, and one in which a model ends it too", 
   await sidecar.load("m");
   await assert.rejects(sidecar.stats(), SidecarExitedError);
   assert.equal((await restarted()).attempts, 3);
-  assert.deepEqual((await memory(sidecar)).loaded, [{ model: "m" }]);
+  assert.deepEqual((await memory(sidecar)).held, [{ model: "m" }]);
   assert.equal(startsSoFar(), 4);
 });
 
@@ -280,7 +292,90 @@ test("a model that cannot be loaded again is named, once, and the rest goes on",
   );
   await assert.rejects(sidecar.stats(), SidecarExitedError);
   assert.deepEqual((await restarted()).lost, []);
-  assert.deepEqual((await memory(sidecar)).loaded, [{ model: "here" }]);
+  assert.deepEqual((await memory(sidecar)).held, [{ model: "here" }]);
+});
+
+test("a model comes back with its aliases, its adapters and its latest settings", async () => {
+  await using running = await supervise(mortal());
+  const { sidecar, restarted } = running;
+  const poet = { adapter: "poet", path: "/adapters/poet" };
+  await sidecar.load({ model: "m", revision: "v1", alias: "current", pin: true });
+  await sidecar.load({ model: "m", revision: "v2", dtype: "float32" });
+  await sidecar.load({ model: "gone", alias: "past" });
+  await sidecar.loadAdapter({ model: "past", ...poet });
+  await sidecar.loadAdapter({ model: "m@v2", ...poet });
+  await sidecar.loadAdapter({ model: "m@v2", ...poet, adapter: "critic" });
+  await sidecar.alias({ alias: "current", model: "m@v2" });
+  await sidecar.alias({ alias: "stable", model: "m@v1" });
+  await sidecar.alias({ alias: "canary", model: "m@v2" });
+  // What is loaded already only gets other settings, under whatever name.
+  await sidecar.load({ model: "current", ttlMs: null });
+  await sidecar.unloadAdapter({ model: "current", adapter: "critic" });
+  await sidecar.alias({ alias: "canary", model: null });
+  await sidecar.unload("past");
+  const expected = [
+    { model: "m", revision: "v1", pin: true },
+    { model: "m", revision: "v2", dtype: "float32", ttlMs: null },
+    { model: "m@v2", ...poet },
+    { alias: "current", model: "m@v2" },
+    { alias: "stable", model: "m@v1" },
+  ];
+  for (let restart = 0; restart < 2; restart++) {
+    await assert.rejects(sidecar.stats(), SidecarExitedError);
+    assert.deepEqual((await restarted()).lost, []);
+    assert.deepEqual((await memory(sidecar)).held, expected);
+  }
+});
+
+test("what a model had is not asked for if the model does not come back, and what fails alone is named", async () => {
+  const script = `
+    const { load, loadAdapter } = on;
+    const refuse = ({ id }, kind) => say({ id, error: { code: 1, message: "no", data: { kind, retryable: false } } });
+    on.load = (message) =>
+      start > 1 && message.params.model === "gone" ? refuse(message, "model_not_found") : load(message);
+    on.loadAdapter = (message) => (start > 1 ? refuse(message, "invalid_adapter") : loadAdapter(message));
+  `;
+  await using running = await supervise(mortal(script));
+  const { sidecar, restarted } = running;
+  for (const model of ["gone", "here"]) {
+    await sidecar.load({ model, alias: `${model} too` });
+    await sidecar.loadAdapter({ model, adapter: "poet", path: "/adapters/poet" });
+  }
+  await assert.rejects(sidecar.stats(), SidecarExitedError);
+  const { lost } = await restarted();
+  assert.deepEqual(
+    lost.map(({ error, ...holding }) => [holding, error.kind]),
+    [
+      [{ model: "gone" }, "model_not_found"],
+      [{ model: "here", adapter: "poet" }, "invalid_adapter"],
+    ],
+  );
+  assert.deepEqual((await memory(sidecar)).held, [{ model: "here" }, { alias: "here too", model: "here" }]);
+});
+
+test("what is lost in a start that fails is named after the one that does not", async () => {
+  const script = `
+    const { load } = on;
+    on.load = (message) => {
+      const { id, params } = message;
+      if (start === 1 || (start > 2 && params.model === "here")) return load(message);
+      if (params.model === "here") return process.kill(process.pid, "SIGKILL");
+      say({ id, error: { code: 1001, message: "no such model", data: { kind: "model_not_found", retryable: false } } });
+    };
+  `;
+  await using running = await supervise(mortal(script));
+  const { sidecar, restarted } = running;
+  await sidecar.load("gone");
+  await sidecar.load("here");
+  await assert.rejects(sidecar.stats(), SidecarExitedError);
+  const { attempts, lost } = await restarted();
+  assert.deepEqual([attempts, lost.map(({ model }) => model)], [2, ["gone"]]);
+});
+
+test("a sidecar that answers nonsense to a load harms nobody", async () => {
+  await using running = await supervise(mortal(`on.load = ({ id }) => say({ id, result: null });`));
+  assert.equal(await running.sidecar.load("m"), null);
+  assert.equal(await running.sidecar.ping(), "pong");
 });
 
 test("a sidecar that stops making sense is ended and started again", async () => {

@@ -36,8 +36,13 @@ async def member(name: str, value: Awaitable[Any]) -> Json:
 
 ASK: dict[str, Ask] = {
     "load": lambda sidecar, params: sidecar.load(**params),
+    "reload": lambda sidecar, params: sidecar.reload(**params),
     "unload": lambda sidecar, params: sidecar.unload(**params),
+    "alias": lambda sidecar, params: sidecar.alias(**params),
     "models": lambda sidecar, params: member("models", sidecar.models(**params)),
+    "pull": lambda sidecar, params: sidecar.pull(**params),
+    "loadAdapter": lambda sidecar, params: sidecar.load_adapter(**params),
+    "unloadAdapter": lambda sidecar, params: sidecar.unload_adapter(**params),
     "tokenize": lambda sidecar, params: member("tokens", sidecar.tokenize(**params)),
     "detokenize": lambda sidecar, params: member("text", sidecar.detokenize(**params)),
     "stats": lambda sidecar, params: sidecar.stats(**params),

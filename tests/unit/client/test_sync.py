@@ -1,5 +1,6 @@
 """The client that waits, with a sidecar whose answers never end by themselves."""
 
+import threading
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,6 +8,7 @@ import pytest
 from support import stub_sidecar
 
 from mlx_sidecar.client import SidecarDisconnected, SidecarExited, SidecarRequestError, SyncSidecar
+from mlx_sidecar.protocol.messages import LoadProgress
 
 PATIENCE_SECONDS = 30
 
@@ -61,6 +63,33 @@ def test_a_thread_that_waits_is_told_when_another_ends_the_sidecar(sidecar: Sync
         sidecar.ping()
 
 
+def test_how_far_a_load_is_is_told_to_the_thread_that_waits(sidecar: SyncSidecar) -> None:
+    told: list[tuple[int, str, int]] = []
+
+    def watch(progress: LoadProgress) -> None:
+        # One that could not ask back would be in the event loop's thread.
+        told.append((progress.seq, sidecar.ping().state, threading.get_ident()))
+
+    assert sidecar.load("small", on_progress=watch, timeout=PATIENCE_SECONDS).state == "ready"
+    assert told == [(1, "ready", threading.get_ident())]
+
+
+def test_a_load_that_takes_too_long_is_cancelled(sidecar: SyncSidecar) -> None:
+    with pytest.raises(TimeoutError):
+        sidecar.load("large", on_progress=lambda _: None, timeout=0.05)
+    assert sidecar.ping().in_flight == 0
+
+
+def test_what_the_watcher_of_a_load_raises_cancels_it(sidecar: SyncSidecar) -> None:
+    def fail(_: LoadProgress) -> None:
+        assert sidecar.ping().in_flight == 1
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        sidecar.load("large", on_progress=fail)
+    assert sidecar.ping().in_flight == 0
+
+
 def test_a_refusal_is_raised(sidecar: SyncSidecar) -> None:
     with pytest.raises(SidecarRequestError) as caught:
         sidecar.tokenize("model", text="x" * 64 * 1024 * 1024)
@@ -74,6 +103,8 @@ def test_after_its_block_a_sidecar_is_gone() -> None:
         next(parts)
     with pytest.raises(SidecarDisconnected):
         sidecar.ping()
+    with pytest.raises(SidecarDisconnected):
+        sidecar.load("small", on_progress=print)
     generation.cancel()
     del parts
 

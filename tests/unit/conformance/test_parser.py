@@ -29,6 +29,7 @@ NOT_PROVOKED = {
     "generation_failed",
     "out_of_memory",
     "unsupported",
+    "unsafe_model",
     "slow_consumer",
     "overloaded",
 }

@@ -26,7 +26,7 @@ def program(body: str) -> ProcessTarget:
 def play(
     target: ProcessTarget | SocketTarget, *transcripts: Transcript, patience: float = 0.3
 ) -> list[Outcome]:
-    return Runner(target, None, patience).run(transcripts, [NDJSON])
+    return Runner(target, {}, patience).run(transcripts, [NDJSON])
 
 
 def failed(target: ProcessTarget | SocketTarget, transcript: Transcript = ENDS, patience: float = 0.3) -> str:
@@ -128,7 +128,7 @@ def test_what_a_target_cannot_offer_is_skipped_with_the_reason() -> None:
 def test_what_is_too_much_for_single_bytes_is_skipped_there() -> None:
     transcript = parse("only/whole", f"# a\n@whole\n{PING}")
     variant = Variant(Framing.LSP, Cutting.BYTEWISE)
-    [outcome] = Runner(ProcessTarget(["/no/such/program"]), None, 1).run([transcript], [variant])
+    [outcome] = Runner(ProcessTarget(["/no/such/program"]), {}, 1).run([transcript], [variant])
     assert outcome.skipped == "whole only"
 
 

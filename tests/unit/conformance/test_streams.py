@@ -67,6 +67,47 @@ def test_progress_that_nobody_has_asked_for() -> None:
         Streams().received(progress(seq=1))
 
 
+@pytest.mark.parametrize("method", ["load", "reload", "pull"])
+def test_of_how_far_a_load_or_a_pull_is_only_the_newest_counts(method: str) -> None:
+    book = watching(method)
+    book.received(far(seq=1, doneBytes=0, totalBytes=0))
+    book.received(far(seq=4, doneBytes=10, totalBytes=10))
+    book.received({"id": 1, "result": {}})
+    assert [value["seq"] for value in book.of('"t"').values] == [1, 4]
+    with pytest.raises(Violation, match="after the response"):
+        book.received(far(seq=5))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"seq": 2},
+        {"seq": 1},
+        {"seq": None},
+        {"phase": None},
+        {"doneBytes": 11},
+        {"doneBytes": -1},
+        {"totalBytes": None},
+    ],
+)
+def test_how_far_it_cannot_be(value: dict[str, Any]) -> None:
+    book = watching("load")
+    book.received(far(seq=2))
+    with pytest.raises(Violation):
+        book.received(far(**value))
+
+
+def watching(method: str) -> Streams:
+    book = Streams()
+    book.sent(REQUEST.replace(b"generate", method.encode()))
+    return book
+
+
+def far(**value: Any) -> dict[str, Any]:
+    value = {"seq": 3, "phase": "weights", "doneBytes": 5, "totalBytes": 10} | value
+    return {"method": "$/progress", "params": {"token": "t", "value": value}}
+
+
 def test_one_and_the_string_one_are_two_tokens_and_two_ids() -> None:
     book = Streams()
     book.sent(REQUEST.replace(b'"t"', b"1"))

@@ -121,6 +121,8 @@ export interface ErrorData {
   path?: string;
   /** Of the kinds that are about a model. */
   model?: string;
+  /** Of the kinds that are about an adapter. */
+  adapter?: string;
   /** Of `context_overflow`. */
   promptTokens?: number;
   /** Of `context_overflow`. */
@@ -855,27 +857,31 @@ export interface WaitingStats {
   low: number;
 }
 
-/** Every method: what it takes and what it gives. */
+/** Every method: what it takes, what it gives, and what it tells on the way. */
 export interface Methods {
   /** Opens the connection; the first request, sent once. Answered before MLX is even imported. */
   initialize: {
     params: InitializeParams;
     result: InitializeResult;
+    progress: never;
   };
   /** Answers at once, whatever the engine is doing. */
   ping: {
     params: Record<string, never>;
     result: PingResult;
+    progress: never;
   };
   /** Says what `initialize` would, without opening the connection: for probes. */
   "server/info": {
     params: Record<string, never>;
     result: ServerInfoResult;
+    progress: never;
   };
   /** Returns the OpenRPC document of this protocol. */
   "rpc.discover": {
     params: Record<string, never>;
     result: Record<string, unknown>;
+    progress: never;
   };
   /**
    * Brings a model into memory, evaluates all of its weights and warms it up, while others go on. Where
@@ -885,6 +891,7 @@ export interface Methods {
   load: {
     params: LoadParams;
     result: LoadResult;
+    progress: LoadProgress;
   };
   /**
    * Reads a loaded model anew, as its files are now, while the old one serves; then new requests go to the
@@ -894,11 +901,13 @@ export interface Methods {
   reload: {
     params: ReloadParams;
     result: LoadResult;
+    progress: LoadProgress;
   };
   /** Gives a model's memory back after its requests have ended; `force` ends them. */
   unload: {
     params: UnloadParams;
     result: UnloadResult;
+    progress: never;
   };
   /**
    * Gives a loaded model another name, moves that to another model, or takes it away. Requests that have
@@ -907,11 +916,13 @@ export interface Methods {
   alias: {
     params: AliasParams;
     result: AliasResult;
+    progress: never;
   };
   /** Lists the models that were loaded, oldest first. */
   models: {
     params: Record<string, never>;
     result: ModelsResult;
+    progress: never;
   };
   /**
    * Brings a model onto this machine, as `mlx-sidecar pull` does. A cancel stops it; what has come by then
@@ -920,6 +931,7 @@ export interface Methods {
   pull: {
     params: PullParams;
     result: PullResult;
+    progress: PullProgress;
   };
   /**
    * Brings a LoRA adapter into memory beside a loaded model, which goes on. Requests choose it by name;
@@ -928,11 +940,13 @@ export interface Methods {
   loadAdapter: {
     params: LoadAdapterParams;
     result: LoadAdapterResult;
+    progress: never;
   };
   /** Gives an adapter's memory back after its requests have ended; `force` ends them. */
   unloadAdapter: {
     params: UnloadAdapterParams;
     result: UnloadAdapterResult;
+    progress: never;
   };
   /**
    * Answers a prompt: whole, or streamed as `$/progress` if the request has a `partialResultToken`. A cancel
@@ -941,21 +955,25 @@ export interface Methods {
   generate: {
     params: GenerateParams;
     result: GenerateResult;
+    progress: GenerateProgress;
   };
   /** Turns a text, or messages in the model's chat template, into ids. */
   tokenize: {
     params: TokenizeParams;
     result: TokenizeResult;
+    progress: never;
   };
   /** Turns ids into text. */
   detokenize: {
     params: DetokenizeParams;
     result: DetokenizeResult;
+    progress: never;
   };
   /** Says what the sidecar is doing and holding; cheap enough to poll. */
   stats: {
     params: Record<string, never>;
     result: StatsResult;
+    progress: never;
   };
   /**
    * Cancels this connection's requests and answers null once each has been answered. Nothing but `exit` may
@@ -964,6 +982,7 @@ export interface Methods {
   shutdown: {
     params: Record<string, never>;
     result: null;
+    progress: never;
   };
 }
 

@@ -13,7 +13,8 @@ import {
   type ExitStatus,
   type GenerateParams,
   type Generation,
-  type LoadParams,
+  type Methods,
+  type RequestOptions,
 } from "../../src/index.js";
 import { LineSplitter } from "../../src/lines.js";
 import { Session } from "../../src/session.js";
@@ -23,6 +24,21 @@ import { SchemaJudge } from "./schema.js";
 const WELCOME = JSON.parse(
   readFileSync(new URL("../../../../tests/clients/welcome.json", import.meta.url), "utf8"),
 ) as object;
+
+type Asks = {
+  [M in keyof Methods]?: (client: SidecarClient, params: Methods[M]["params"], options: RequestOptions) => Promise<unknown>;
+};
+
+const ASK: Asks = {
+  load: (client, params, options) => client.load(params, options),
+  reload: (client, { model }, options) => client.reload(model, options),
+  unload: (client, params, options) => client.unload(params, options),
+  alias: (client, params, options) => client.alias(params, options),
+  pull: (client, params, options) => client.pull(params, options),
+  loadAdapter: (client, params, options) => client.loadAdapter(params, options),
+  unloadAdapter: (client, params, options) => client.unloadAdapter(params, options),
+  ping: (client, _, options) => client.ping(options),
+};
 
 type Step = { [Kind in keyof Script]?: Script[Kind] extends (value: infer Value) => unknown ? Value : never };
 
@@ -149,9 +165,8 @@ export class Script {
     }
     const client = this.#client ?? assert.fail("nothing has been opened");
     if (method === "generate") return client.generate(params as GenerateParams, { signal });
-    if (method === "load" || method === "unload") return client[method](params as LoadParams, { signal });
-    assert.equal(method, "ping");
-    return client.ping({ signal });
+    const ask = ASK[method as keyof Methods] ?? assert.fail(`no call of ${method} is known here`);
+    return ask(client, params as never, { signal });
   }
 
   /** The next message of the client, acknowledgements left out; undefined if it has hung up. */

@@ -2,7 +2,9 @@
 
 import { PassThrough } from "node:stream";
 
+import { SidecarClient } from "../../src/client.js";
 import { Connection } from "../../src/connection.js";
+import type { ExitStatus, InitializeResult } from "../../src/index.js";
 import type { LineSplitter } from "../../src/lines.js";
 
 export interface Sent {
@@ -46,5 +48,22 @@ export class Wire {
     const { response } = this.connection.request("ping", {});
     this.say({ id: this.sent().at(-1)?.id, result: null });
     await response;
+  }
+}
+
+/** What callers see of a connection; there is no process behind it. */
+export class WiredClient extends SidecarClient {
+  readonly pid = undefined;
+
+  constructor(connection: Connection) {
+    super(connection, 2 ** 18);
+  }
+
+  get info(): InitializeResult {
+    throw new Error("nobody was asked");
+  }
+
+  close(): Promise<ExitStatus> {
+    return Promise.resolve({ code: null, signal: null });
   }
 }
