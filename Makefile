@@ -74,6 +74,12 @@ bench: $(DONE)/install $(DONE)/typescript $(DONE)/clients $(DONE)/model ## measu
 bench-engine: $(DONE)/install $(DONE)/typescript $(DONE)/model ## measure many streams against mlx-lm: a quarter of an hour
 	@$(BIN)/python benchmarks/engine.py
 
+.PHONY: bench-models
+bench-models: $(DONE)/install $(DONE)/model ## measure many models and adapters in one memory: a quarter of an hour
+	@$(BIN)/python benchmarks/models.py
+	@$(BIN)/python benchmarks/adapters.py
+	@$(BIN)/python benchmarks/prediction.py
+
 .PHONY: clean
 clean: ## remove everything that was built here (not the models)
 	rm -rf .venv build $(DONE) $(TS)/node_modules $(TS)/dist $(CLIENTS)/node_modules native/*.so *.egg-info

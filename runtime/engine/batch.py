@@ -1,9 +1,12 @@
 """What runs the sequences of one model, as the inference thread sees it."""
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..scheduling.memory import Footprint
 from .sequence import BatchReport, Emission, Sequence
+
+if TYPE_CHECKING:
+    from .adapters import AdapterWeights
 
 
 class Batch(Protocol):
@@ -31,6 +34,18 @@ class Batch(Protocol):
 
     def reset(self) -> list[Sequence]:
         """Drop every sequence and its memory, and return those that had not ended."""
+        ...
+
+    def attach_adapter(self, name: str, weights: "AdapterWeights") -> None:
+        """Let sequences run with an adapter from now on.
+
+        Raises:
+            AdapterError: it does not fit the model.
+        """
+        ...
+
+    def detach_adapter(self, name: str) -> None:
+        """Give an adapter's memory back; nobody may be using it."""
         ...
 
     def report(self) -> BatchReport:

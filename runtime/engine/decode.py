@@ -40,13 +40,14 @@ class DecodeBatch:
 
     A row whose sequence has ended may stay, with nobody in its slot, where that spares the step a new shape.
     An exception out of any method leaves the batch in no state to go on: its sequences must begin again.
+    `slots` says whose row each is.
     """
 
     def __init__(self, step: Step, sequences: list[Sequence], rows: Rows) -> None:
         """Begin with `rows` that hold each sequence's tokens but the last one."""
         self.rows = rows
-        self._slots: list[Sequence | None] = list(sequences)
-        self._step = step
+        self.step = step
+        self.slots: list[Sequence | None] = list(sequences)
         self._sampler = RowSampler(sequences)
         self._inputs = mx.array([sequence.last_token for sequence in sequences])
         self._asked = [len(sequence.tokens) for sequence in sequences]
@@ -57,40 +58,40 @@ class DecodeBatch:
     @property
     def sequences(self) -> list[Sequence]:
         """Whoever is decoded here."""
-        return [sequence for sequence in self._slots if sequence is not None]
+        return [sequence for sequence in self.slots if sequence is not None]
 
     def settle(self, live: Container[Sequence]) -> bool:
         """Drop the sequences that have ended or will have with what is unread; return whether any is left."""
-        self._slots = [
+        self.slots = [
             sequence if sequence is not None and sequence in live and asked < sequence.max_tokens else None
-            for sequence, asked in zip(self._slots, self._asked, strict=True)
+            for sequence, asked in zip(self.slots, self._asked, strict=True)
         ]
-        return any(self._slots)
+        return any(self.slots)
 
     def arrange(self) -> None:
         """Give up rows that nobody needs, or add some, so that the step has a shape that it likes."""
-        taken = [row for row, sequence in enumerate(self._slots) if sequence is not None]
-        count = self._step.rows_for(len(taken))
-        if count == len(self._slots):
+        taken = [row for row, sequence in enumerate(self.slots) if sequence is not None]
+        count = self.step.rows_for(len(taken))
+        if count == len(self.slots):
             return
         rows = taken + taken[:1] * (count - len(taken))
         self.rows.keep(rows)
         self._sampler.keep(rows)
         self._inputs = self._inputs[mx.array(rows)]
         self._asked = [self._asked[row] for row in rows]
-        self._slots = [self._slots[row] for row in taken] + [None] * (count - len(taken))
+        self.slots = [self.slots[row] for row in taken] + [None] * (count - len(taken))
 
     def dispatch(self) -> None:
         """Hand the next step to the device."""
         self._steps += 1
-        logits = self._step(self._inputs, self.rows)
+        logits = self.step(self._inputs, self.rows)
         chosen = self._sampler(logits)
-        log_probs = RowLogProbs.of(self._slots, logits, chosen[0])
+        log_probs = RowLogProbs.of(self.slots, logits, chosen[0])
         self._inputs = chosen[0]
         self._asked = [asked + 1 for asked in self._asked]
         others = self.rows.arrays() if self._steps % _EVALUATE_ALL_EVERY == 0 else ()
         mx.async_eval(chosen, *(log_probs.arrays if log_probs else ()), *others)
-        self._dispatched.append(_Dispatched(self._slots, chosen, log_probs))
+        self._dispatched.append(_Dispatched(self.slots, chosen, log_probs))
 
     def read(self, *, last: bool = False) -> list[Chosen]:
         """Return what the steps before the last dispatched one gave, or that one also, waiting for them."""
@@ -112,7 +113,7 @@ class DecodeBatch:
         self._sampler.extend(other._sampler)
         self._inputs = mx.concatenate([self._inputs, other._inputs])
         self._asked += other._asked
-        self._slots = [*self._slots, *other._slots]
+        self.slots = [*self.slots, *other.slots]
 
 
 def _read(step: _Dispatched) -> list[Chosen]:

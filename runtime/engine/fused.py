@@ -4,10 +4,12 @@ With more than one row every product goes through cuBLASLt, which costs the host
 is. Query, key and value, or gate and up, are rows of one matrix as well as of several.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx import nn
+
+from .adapted_linear import sizes
 
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _KINDS: tuple[type, ...] = (nn.Linear, nn.QuantizedLinear)
@@ -32,6 +34,11 @@ class _Part(nn.Module):
         self._whole = whole
         self._index = index
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Inputs and outputs of the projection that it stands for."""
+        return self._whole.sizes(self._index)
+
     def __call__(self, x: mx.array) -> mx.array:
         return self._whole.part(x, self._index)
 
@@ -44,6 +51,11 @@ class _Whole:
         self._ends = ends
         self._x: mx.array | None = None
         self._parts: list[mx.array | None] = []
+
+    def sizes(self, index: int) -> tuple[int, int]:
+        inputs, outputs = cast("tuple[int, int]", sizes(self._linear))
+        ends = [0, *self._ends, outputs]
+        return inputs, ends[index + 1] - ends[index]
 
     def part(self, x: mx.array, index: int) -> mx.array:
         if x is not self._x or self._parts[index] is None:

@@ -16,14 +16,16 @@ from mlx.utils import tree_flatten  # pyright: ignore[reportUnknownVariableType]
 
 from mlx_sidecar.protocol.errors import GenerationFailed, InternalError, SidecarError
 
+from .adapters import Adapters, AdapterWeights
 from .chunks import chunks_for
+from .compiled_step import PlainStep
 from .decode import Chosen, DecodeBatch
 from .device import DeviceLost, device_works, is_out_of_memory
 from .footprint import footprint
 from .pace import LEAST_TOKENS
 from .prefill import Prefill, next_together
 from .rows import plain_only
-from .self_check import SharingCheck, fastest_step
+from .self_check import SharingCheck, Step, fastest_step
 from .sequence import BatchReport, Emission, FinishReason, Sequence
 
 log = logging.getLogger("engine")
@@ -41,7 +43,10 @@ class ModelBatch:
         self.model = model
         self.prefill_chunk_tokens = prefill_chunk_tokens
         self.prefilled = 0
+        self.adapters = Adapters(model)
         self._step, self.why_not_compiled = fastest_step(model)
+        # Compiled steps know nothing of what is beside the model's own weights.
+        self._adapted_step = PlainStep(model) if self.why_not_compiled is None else self._step
         self._plain = plain_only(model)
         self.chunks = chunks_for(prefill_chunk_tokens, plain=self._plain)
         self.pace = self.chunks.pace()
@@ -64,7 +69,13 @@ class ModelBatch:
         return len(self._live)
 
     def add(self, sequence: Sequence) -> None:
-        """Take a sequence in; its prefill begins in the next step."""
+        """Take a sequence in; its prefill begins in the next step.
+
+        Raises:
+            ValueError: the model has no adapter of the name that the sequence wants.
+        """
+        if sequence.adapter not in self.adapters:
+            raise ValueError(f"there is no adapter {sequence.adapter!r}")
         self._live.add(sequence)
         self._waiting.append(sequence)
 
@@ -113,6 +124,29 @@ class ModelBatch:
             self._check_sharing()
         return self._check is not None
 
+    def check_adapter(self, weights: AdapterWeights) -> None:
+        """Raise AdapterError, fit for a client, if this cannot be an adapter of the model; cheap."""
+        self.adapters.check(weights)
+
+    def attach_adapter(self, name: str, weights: AdapterWeights) -> None:
+        """Let sequences run with an adapter from now on; those that run do not notice.
+
+        Raises:
+            AdapterError: it does not fit the model.
+            ValueError: there is one of that name.
+        """
+        self.adapters.attach(name, weights)
+
+    def detach_adapter(self, name: str) -> None:
+        """Give an adapter's memory back.
+
+        Raises:
+            ValueError: there is none of that name, or a sequence that has not ended has it.
+        """
+        if any(sequence.adapter == name for sequence in self._live):
+            raise ValueError(f"the adapter {name!r} is in use")
+        self.adapters.detach(name)
+
     def report(self) -> BatchReport:
         """Return what is being done; any thread may ask."""
         running = sum(len(batch.sequences) for batch in list(self._decoding))
@@ -122,13 +156,19 @@ class ModelBatch:
             groups=len(self._decoding),
             why_alone=self._why_alone,
             why_not_compiled=self.why_not_compiled,
+            adapters=self.adapters.report,
         )
 
     def _decode(self) -> bool:
         self._join()
         for batch in list(self._decoding):
-            self._guarded(batch, lambda batch=batch: _dispatch(batch))
+            self._guarded(batch, lambda batch=batch: self._dispatch(batch))
         return bool(self._decoding)
+
+    def _dispatch(self, batch: DecodeBatch) -> None:
+        batch.arrange()
+        with self.adapters.of(batch.slots):
+            batch.dispatch()
 
     def _settle(self) -> None:
         for batch in list(self._decoding):
@@ -170,7 +210,7 @@ class ModelBatch:
         return self._why_alone is not None or not self._suspects.isdisjoint(batch.sequences)
 
     def _fit(self, host: DecodeBatch, batch: DecodeBatch) -> bool:
-        if self._alone(host) or host.rows.empty or batch.rows.empty:
+        if self._alone(host) or host.step is not batch.step or host.rows.empty or batch.rows.empty:
             return False
         return host.rows.padding_bytes_with(batch.rows) <= self._most_padding
 
@@ -199,15 +239,20 @@ class ModelBatch:
         return spent
 
     def _advance(self, prefill: Prefill, most: int) -> int:
-        done = prefill.advance(most) if prefill.remaining else 0
+        with self.adapters.of(prefill.sequences):
+            done = prefill.advance(most) if prefill.remaining else 0
         if prefill.remaining and any(other.remaining < prefill.remaining for other in self._prefills):
             # A long prompt does not hold up the short ones behind it, but among equals the first ends first.
             self._prefills.append(prefill)
         elif prefill.remaining:
             self._prefills.appendleft(prefill)
         else:
-            self._decoding.append(DecodeBatch(self._step, prefill.sequences, prefill.finish()))
+            step = self._step_for(prefill.sequences[0])
+            self._decoding.append(DecodeBatch(step, prefill.sequences, prefill.finish()))
         return done
+
+    def _step_for(self, sequence: Sequence) -> Step:
+        return self._step if sequence.adapter is None else self._adapted_step
 
     def _next_prefill(self) -> Prefill | None:
         while self._waiting:
@@ -217,10 +262,12 @@ class ModelBatch:
     def _begin(self) -> Prefill:
         if len(self._waiting) > 1:
             self._check_sharing()
+        step = self._step_for(self._waiting[0])
         together = self._plain and self._why_alone is None and self._waiting[0] not in self._suspects
         most = self.chunks.most_together if together else 0
         any_number = not self.chunks.shapes
-        sequences = next_together(self._waiting, most, self._suspects, any_number=any_number)
+        apart = {sequence for sequence in self._waiting if self._step_for(sequence) is not step}
+        sequences = next_together(self._waiting, most, self._suspects | apart, any_number=any_number)
         return Prefill(self.model, sequences, self.chunks)
 
     def _read(self, batch: DecodeBatch) -> None:
@@ -302,11 +349,6 @@ class ModelBatch:
         self._prefills.clear()
         self._decoding.clear()
         self._ending.clear()
-
-
-def _dispatch(batch: DecodeBatch) -> None:
-    batch.arrange()
-    batch.dispatch()
 
 
 def _arrays(model: Any) -> list[tuple[str, mx.array]]:

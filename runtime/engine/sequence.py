@@ -41,7 +41,8 @@ class Sequence(Struct, eq=False):
 
     Times are `time.monotonic()` seconds, written by the inference thread, and so are `tokens`, the answer so
     far, and `failure`, what went wrong if it ends as "failed". `on_emission` is called on the event loop.
-    `owner` is whoever it competes for, in fair share.
+    `owner` is whoever it competes for, in fair share. `adapter` is the name of the one it runs with, None for
+    the model as it is.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Sequence(Struct, eq=False):
     priority: Priority = Priority.NORMAL
     owner: int = 0
     log_probs: int | None = None
+    adapter: str | None = None
     submitted_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
     first_token_at: float | None = None
@@ -80,11 +82,19 @@ class Emission(NamedTuple):
     log_probs: LogProbs | None = None
 
 
+class AdapterReport(NamedTuple):
+    """An adapter that a model has: its share of the bytes that adapters take there, and its largest rank."""
+
+    name: str
+    nbytes: int
+    rank: int
+
+
 class BatchReport(NamedTuple):
-    """One model at one moment: sequences by what is done with them, and decode batches.
+    """One model at one moment: sequences by what is done with them, decode batches, and adapters.
 
     `why_alone` says why every sequence is a batch of its own, `why_not_compiled` why decode steps run by the
-    model's code as it stands; None if there is no reason for that.
+    model's code as it stands; None if there is no reason for that. Steps with an adapter are never compiled.
     """
 
     prefilling: int = 0
@@ -92,19 +102,22 @@ class BatchReport(NamedTuple):
     groups: int = 0
     why_alone: str | None = None
     why_not_compiled: str | None = None
+    adapters: tuple[AdapterReport, ...] = ()
 
 
 class MemoryUse(NamedTuple):
-    """MLX's allocator, in bytes, as of the last step."""
+    """MLX's allocator, in bytes, as of the last step; `cache_limit` is what unused buffers may take."""
 
     active: int = 0
     cached: int = 0
     peak: int = 0
+    cache_limit: int = 0
 
 
 class Device(NamedTuple):
-    """What MLX runs on: "cpu", "metal" or "cuda"."""
+    """What MLX runs on: "cpu", "metal" or "cuda". `wired_limit_bytes` is Metal's; None elsewhere."""
 
     kind: str
     mlx_version: str
     start_ms: float
+    wired_limit_bytes: int | None = None

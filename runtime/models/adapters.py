@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,20 @@ if TYPE_CHECKING:
     from ..engine.adapters import AdapterWeights
 
 log = logging.getLogger("models")
+
+_GROWTH = 2
+"""16-bit matrices become float32 on a CPU."""
+
+
+async def projected_bytes(loading: Loading, path: str) -> int:
+    """Return what an adapter may take in memory, by the sizes of its files; 0 if there are none."""
+
+    def work() -> int:
+        with suppress(OSError):
+            return sum(file.stat().st_size for file in Path(path).glob("*.safetensors")) * _GROWTH
+        return 0
+
+    return await asyncio.wrap_future(loading.on_thread(work))
 
 
 async def read(loading: Loading, model: str, adapter: str, path: str) -> "list[AdapterWeights]":

@@ -53,7 +53,7 @@ class LoadedAdapter:
         self._info = info
 
     def info(self) -> m.AdapterInfo:
-        """Return its line of `models`."""
+        """Return its line of `models`; its bytes as they were when it came."""
         info = self._info
         return m.AdapterInfo(adapter=info.adapter, rank=info.rank, bytes=info.bytes, in_use=self.use.users)
 

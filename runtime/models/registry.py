@@ -207,10 +207,11 @@ class ModelRegistry:
             if params.adapter in model.adapters:
                 raise InvalidAdapter(model.name, params.adapter, "there is one of that name; unload it first")
             began = time.monotonic()
-            box = await adapters.read(self._loading, model.name, params.adapter, params.path)
             claim = f"{model.key}/{params.adapter}"
-            await self.residency.claim_for_adapter(self.find(params.model), claim, box[0].nbytes)
+            needed = await adapters.projected_bytes(self._loading, params.path)
+            await self.residency.claim_for_adapter(self.find(params.model), claim, needed)
             try:
+                box = await adapters.read(self._loading, model.name, params.adapter, params.path)
                 result = await adapters.attach(self._engine, model, params.adapter, params.path, box)
             finally:
                 self._engine.release_claim(claim)

@@ -1,7 +1,7 @@
 """The batch under test, and rows that come to it, go from it and end in it, one step at a time."""
 
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from collections.abc import Sequence as Rows
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,10 +35,14 @@ class Row:
     stops: frozenset[int] = frozenset()
     joins: int = 0
     leaves_after: int | None = None
+    adapter: str | None = None
 
     def sequence(self) -> Sequence:
         """Return what a batch is given."""
-        return Sequence("", list(self.prompt), self.max_tokens, self.sampling, self.stops, lambda _: None)
+        prompt = list(self.prompt)
+        return Sequence(
+            "", prompt, self.max_tokens, self.sampling, self.stops, lambda _: None, adapter=self.adapter
+        )
 
 
 @dataclass
@@ -57,9 +61,10 @@ class Outcome:
             self.ends.append(emission.finish)
 
 
-def play(batch: "Batch", rows: Rows[Row]) -> list[Outcome]:
+def play(batch: "Batch", rows: Rows[Row], meanwhile: Callable[[int], None] = lambda _: None) -> list[Outcome]:
     """Run rows through an empty batch until each has ended, and return what became of them.
 
+    `meanwhile` is called before each step, with its number.
     Fails if the batch gets nowhere, if anything is left in it, or if it had to mend something: a batch that
     begins again from the tokens would be exact all the same.
     """
@@ -72,6 +77,7 @@ def play(batch: "Batch", rows: Rows[Row]) -> list[Outcome]:
                     batch.add(sequence)
                 if row.leaves_after is not None and step == row.joins + row.leaves_after:
                     _cancel(batch, sequence, outcomes[sequence])
+            meanwhile(step)
             for emission in batch.step() if len(batch) else []:
                 outcomes[emission.sequence].take(emission)
             if all(outcome.ends for outcome in outcomes.values()):

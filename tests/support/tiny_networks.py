@@ -68,8 +68,18 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window_pattern": 3,
         "num_hidden_layers": 3,
     },
+    "gemma": {"head_dim": 16},
     "phi": {"partial_rotary_factor": 0.5, "num_hidden_layers": 3},
     "phi3": {},
+    "olmo2": {},
+    "granite": {
+        "logits_scaling": 4.0,
+        "attention_multiplier": 0.25,
+        "embedding_multiplier": 6.0,
+        "residual_multiplier": 0.5,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
     "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
     "deepseek_v3": {
         "n_routed_experts": 4,
@@ -169,30 +179,50 @@ def tiny_network(architecture: str) -> "nn.Module":
 
 def fresh_network(architecture: str) -> "nn.Module":
     """Return a network of its own, for those who change it."""
+    return network_of(tiny_config(architecture), zlib.crc32(architecture.encode()))
+
+
+def tiny_config(architecture: str, **changes: Any) -> dict[str, Any]:
+    """Return the config of a tiny network, some of its fields changed."""
+    config: dict[str, Any] = {"model_type": architecture} | _SHAPE | _CONFIGS[architecture] | changes
+    if "text_config" in config:
+        config["text_config"] = config["text_config"] | changes
+    return config
+
+
+def network_of(config: dict[str, Any], seed: int) -> "nn.Module":
+    """Return the network that a config describes, with random weights."""
     _start()
     import mlx.core as mx
-    import mlx_lm.utils as mlx_lm
 
-    config = {"model_type": architecture} | _SHAPE | _CONFIGS[architecture]
-    mx.random.seed(zlib.crc32(architecture.encode()))
-    model_class, arguments_class = cast(Any, mlx_lm)._get_classes(config)
-    module = model_class(arguments_class.from_dict(config))
-    module.load_weights([(name, _weight(name, array)) for name, array in _parameters(module)])
+    mx.random.seed(seed)
+    module: Any = blank_network(config)
+    module.load_weights([(name, _weight(name, array)) for name, array in parameters(module)])
     mx.eval(module.parameters())
     return module.eval()
+
+
+def blank_network(config: dict[str, Any]) -> "nn.Module":
+    """Return the network that a config describes as its constructor leaves it, nothing of it evaluated."""
+    _start()
+    import mlx_lm.utils as mlx_lm
+
+    model_class, arguments_class = cast(Any, mlx_lm)._get_classes(config)
+    return model_class(arguments_class.from_dict(config))
+
+
+def parameters(module: Any) -> "list[tuple[str, mx.array]]":
+    """Return the weights of a network by name."""
+    import mlx.utils as tree
+
+    flat: Any = tree.tree_flatten(module.parameters())
+    return flat
 
 
 @cache
 def _start() -> None:
     """Import mlx-lm as the engine does."""
     start_mlx(Blas())
-
-
-def _parameters(module: Any) -> "list[tuple[str, mx.array]]":
-    import mlx.utils as tree
-
-    flat: Any = tree.tree_flatten(module.parameters())
-    return flat
 
 
 def _weight(name: str, fresh: "mx.array") -> "mx.array":

@@ -281,6 +281,7 @@ def test_nobody_is_made_to_catch_up_on_more_than_the_event_loop_can_bear(bench: 
         {"prompt": [0, 0]},
         {"max_tokens": LENGTH + 1},
         {"stop_token_ids": frozenset({7})},
+        {"adapter": "other"},
         *(
             {"sampling": structs.replace(Sampling(), **change)}
             for change in (
