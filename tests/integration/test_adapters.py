@@ -29,8 +29,8 @@ def make_adapter(folder: Path, model: Path, seed: int, rank: int = 4) -> str:
             tensors[f"{path}.lora_b"] = rng.normal(0, rank**-0.5, (rank, outputs)).astype(np.float32)
     folder.mkdir(parents=True)
     safetensors.save_file(tensors, folder / "adapters.safetensors")
-    parameters = {"rank": rank, "scale": 4.0, "dropout": 0.0, "keys": []}
-    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters}
+    parameters: dict[str, Any] = {"rank": rank, "scale": 4.0, "dropout": 0.0, "keys": []}
+    config: dict[str, Any] = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return str(folder)
 
