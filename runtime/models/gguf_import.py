@@ -20,8 +20,12 @@ import numpy as np
 from .gguf_header import GgufError, GgufHeader, GgufTensor, read_header
 from .gguf_llama import BITS, ROPE_FACTORS, check_tensors, model_config, quantization, rope_scaling, target_of
 from .gguf_tokenizer import build_tokenizer
+from .tie import end_with_input
 
 Arrays = dict[str, mx.array]
+
+UNTIL_INPUT_ENDS = "--until-input-ends"
+"""An argument for a parent that may die: its end of our input closes then."""
 
 _SHARD_BYTES = 4 * 1024**3
 
@@ -178,6 +182,8 @@ def _say(**fields: object) -> None:
 
 def main() -> int:
     """Import `argv[1]` into the folder `argv[2]`; return 0, or 1 after saying the error on stdout."""
+    if UNTIL_INPUT_ENDS in sys.argv:
+        end_with_input()
     try:
         import_gguf(Path(sys.argv[1]), Path(sys.argv[2]))
     except GgufError as error:

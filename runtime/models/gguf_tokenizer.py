@@ -75,7 +75,8 @@ def _byte_level(tokens: list[str], metadata: Metadata) -> Tokenizer:
         raise GgufError(f"its pre-tokenizer is {pre!r}; known ones are {known}")
     merges = [cast(tuple[str, str], merge.partition(" ")[::2]) for merge in _items(metadata, "merges", str)]
     vocabulary = {token: position for position, token in enumerate(tokens)}
-    if any({left, right, left + right} - vocabulary.keys() for left, right in merges):
+    # Not by subtracting sets: that would go through the whole vocabulary for each merge.
+    if not all(part in vocabulary for left, right in merges for part in (left, right, left + right)):
         raise GgufError("the list of merges is damaged")
     model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
     tokenizer = Tokenizer(model)

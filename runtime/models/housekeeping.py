@@ -25,8 +25,8 @@ log = logging.getLogger("memory")
 _EVERY_SECONDS = 1.0
 _ENOUGH = 1.25
 _RETRY_AFTER_MS = 2000
-_LEAD_SECONDS = 10.0
-"""How long before its expected use a model is brought back."""
+LEAD_SECONDS = 10.0
+"""So long before its earliest likely use a model is brought back."""
 
 
 class Housekeeping:
@@ -54,7 +54,7 @@ class Housekeeping:
         """Do what there is to do now."""
         await self._registry.residency.evict_expired()
         await self._relieve()
-        if self._settings.predictive_preload:
+        if self._settings.predictive_preload and self.pressure.level == "none":
             await self._look_ahead()
 
     def check(self) -> None:
@@ -101,12 +101,8 @@ class Housekeeping:
 
     async def _look_ahead(self) -> None:
         residency = self._registry.residency
-        now = time.monotonic()
         absent = {entry.name: entry for entry in self._registry.entries if entry.state == "evicted"}
-        for name in residency.predictor.wanted(now, absent.keys(), _LEAD_SECONDS):
-            entry = absent[name]
-            needed = entry.model.facts.bytes if entry.model else 0
-            if await residency.free_bytes() >= needed and entry.state == "evicted":
-                residency.predictor.note_brought_back(name, now)
+        for name in residency.predictor.wanted(time.monotonic(), absent.keys(), LEAD_SECONDS):
+            if await residency.bring_back(absent[name]):
                 log.info("%s is likely to be asked for and comes back", name)
-                residency.start(entry)
+                return  # What is left for another is known when this one is there.

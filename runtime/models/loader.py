@@ -15,6 +15,7 @@ from mlx import nn
 
 from mlx_sidecar.protocol.messages import DtypeRequest
 
+from ..engine.device import is_out_of_memory
 from .precision import choose_dtype
 
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -59,6 +60,7 @@ def load_network(folder: Path, dtype: DtypeRequest, device: str, on_piece: OnPie
 
     Raises:
         LoadError: the folder's files are damaged or of a kind that is not supported.
+        MemoryError: the device has no memory left.
     """
     began = time.monotonic()
     try:
@@ -93,6 +95,8 @@ def _evaluate(module: nn.Module, on_piece: OnPiece) -> None:
         try:
             mx.eval(piece)
         except Exception as error:
+            if is_out_of_memory(error):
+                raise MemoryError from None
             raise LoadError("its weight files are damaged or incomplete") from error
         done += sum(array.nbytes for array in piece)
         tensors += len(piece)

@@ -18,12 +18,13 @@ from msgspec import UNSET
 from mlx_sidecar.config.settings import Settings
 from mlx_sidecar.native.pages import Pages
 from mlx_sidecar.protocol import messages as m
-from mlx_sidecar.protocol.errors import BackendUnavailable, InvalidModel
+from mlx_sidecar.protocol.errors import BackendUnavailable, InvalidModel, OutOfMemory, SidecarError
 
 from ..engine.sequence import Device
 from ..engine.thread import InferenceThread
 from ..pool import Pool
 from .entry import Entry
+from .folder_check import check_folder
 from .loaded import LoadedModel
 from .loader_thread import LoaderThread
 from .precision import projected_bytes
@@ -42,8 +43,19 @@ MakeRoom = Callable[[int], Awaitable[None]]
 
 log = logging.getLogger("models")
 
+_NO_MEMORY = "the device has no memory left"
 _GONE = "its files went away while they were read"
 _CHANGED = "its files changed while they were read"
+_DOES_NOT_RUN = "its network does not run: config.json and the weights do not fit together"
+_MODEL_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class Loading:
@@ -109,8 +121,10 @@ class Loading:
         name, params = entry.name, entry.params
         revision = None if params.revision is UNSET else params.revision
         folder = await self._pool.run(find_model, params.model, self._store, revision)
-        facts = await self._pool.run(weight_facts, name, folder)
         before = await self._pool.run(stamp, folder)
+        # Again: what was checked on the way here may have been other files than these.
+        await self._pool.run(check_folder, name, folder)
+        facts = await self._pool.run(weight_facts, name, folder)
         pages = await self._pool.run(self._pages.of_files, facts.files)
         config = await self._pool.run(read_config, name, folder)
         needed = projected_bytes(facts.bytes_by_dtype, config, params.dtype, device.kind)
@@ -119,11 +133,14 @@ class Loading:
         watch.enter("queued")
         await make_room(needed)
         watch.enter("weights")
-        box = await self._read_weights(name, folder, params.dtype, device.kind, watch)
+        box = await self._read_weights(name, folder, needed, params.dtype, device.kind, watch)
         if await self._pool.run(stamp, folder) != before:
             raise InvalidModel(name, _CHANGED)
         watch.enter("warmup")
-        result = await self._attach(name, key, box, device.kind)
+        try:
+            result = await self._attach(name, key, box, device.kind)
+        except _MODEL_ERRORS as error:
+            raise self._explained(name, needed, error) from error
         result.load_ms = (time.monotonic() - began) * 1000
         result.phases.runtime_ms = waited_ms
         if pages is not None:
@@ -138,7 +155,7 @@ class Loading:
             raise InvalidModel(name, str(error)) from error
 
     async def _read_weights(
-        self, name: str, folder: Path, dtype: m.DtypeRequest, device: str, watch: LoadWatch
+        self, name: str, folder: Path, needed: int, dtype: m.DtypeRequest, device: str, watch: LoadWatch
     ) -> "list[Network]":
         """Return the network in a box, which is emptied by whoever takes it over: one reference, or none."""
         loop, abandoned = asyncio.get_running_loop(), threading.Event()
@@ -163,9 +180,19 @@ class Loading:
             # If it was done already; if not, the box is lost with the load.
             box.clear()
             raise
+        if problem == _NO_MEMORY:
+            raise self._no_memory(name, needed)
         if problem is not None:
             raise InvalidModel(name, problem)
         return box
+
+    def _explained(self, name: str, needed: int, error: Exception) -> SidecarError:
+        from ..engine.device import is_out_of_memory
+
+        return self._no_memory(name, needed) if is_out_of_memory(error) else InvalidModel(name, _DOES_NOT_RUN)
+
+    def _no_memory(self, name: str, needed: int) -> OutOfMemory:
+        return OutOfMemory(needed, self._engine.report().memory.free_bytes, model=name)
 
     async def _attach(self, name: str, key: str, box: "list[Network]", device: str) -> m.LoadResult:
         from ..engine.warm_up import warm_up
@@ -225,6 +252,8 @@ def _try_to_load(
 
     try:
         return load_network(folder, dtype, device, on_piece), None
+    except MemoryError:
+        return None, _NO_MEMORY
     except LoadError as error:
         log.warning("loading %s failed", name, exc_info=error)
         return None, str(error)

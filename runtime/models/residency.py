@@ -5,6 +5,9 @@ wait, and when the newcomer is there they are brought back in their turn. So not
 dropped, and nobody who wants a model waits for ever.
 
 A request can be too large beside the models in memory as well. Then it is `hungry`, and others leave for it.
+
+Who is only expected to be asked for is a guess: it takes what is free and the place of idle models, unless
+those are expected soon as well. As soon as somebody waits for it, it is a guess no more.
 """
 
 import asyncio
@@ -15,6 +18,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import anyio
+from anyio.lowlevel import checkpoint_if_cancelled
 
 from mlx_sidecar.config.settings import Settings
 from mlx_sidecar.protocol.errors import InternalError, OutOfMemory, SidecarError
@@ -33,6 +37,9 @@ Spawn = Callable[..., object]
 Post = Callable[..., object]
 
 log = logging.getLogger("models")
+
+SOON_SECONDS = 600.0
+"""Who is expected later than this is not kept for it: so much memory is not held for so long."""
 
 
 class Residency:
@@ -59,6 +66,7 @@ class Residency:
         self._turn = anyio.Lock()
         self._news = anyio.Event()
         self._hungry: dict[str, int] = {}
+        self._guesses: set[Entry] = set()
         self._departing = 0
         self._keys = 0
         engine.on_hungry = lambda key, needed: post(self._take_hunger, key, needed)
@@ -69,6 +77,21 @@ class Residency:
         entry.become("queued")
         self._spawn(self._bring, entry, attempt)
         return attempt
+
+    async def bring_back(self, entry: Entry) -> bool:
+        """Begin to bring an evicted entry back that nobody has asked for yet; return whether it comes.
+
+        If others take the room before its turn it stays away.
+        """
+        if entry.model is None or self._turn.locked():
+            return False  # Who was asked for comes first.
+        gap = await self._shortfall(entry.model.facts.bytes)
+        if entry.state != "evicted" or not self._plan(gap.now, entry, guess=True).possible:
+            return False
+        self.predictor.note_brought_back(entry.name, time.monotonic())
+        self._guesses.add(entry)
+        self.start(entry)
+        return True
 
     async def renew(self, entry: Entry, attempt: Attempt) -> LoadedModel:
         """Bring another version of an entry into memory, beside the one that serves, and let it take over.
@@ -122,17 +145,13 @@ class Residency:
                 log.info("%s was not used and left memory", name)
 
     async def evict_oldest(self) -> bool:
-        """Let the idle model that was not used for longest leave; return whether there was one."""
-        idle = [entry for entry in self._entries.values() if entry.is_idle and not entry.pinned]
-        if not idle or not self._settings.evict_models:
+        """Let the idle model leave that is missed least; return whether there was one."""
+        victims = self._plan(1, idle_only=True).evict
+        if not victims:
             return False
-        evicted = await self.evict(min(idle, key=lambda entry: entry.last_used))
+        evicted = await self.evict(self._entries[victims[0]])
         self.evicted += evicted
         return evicted
-
-    async def free_bytes(self) -> int:
-        """Return what is free for another model now."""
-        return -(await self._shortfall(0)).now
 
     async def claim_for_adapter(self, entry: Entry, key: str, needed: int) -> None:
         """Keep memory for an adapter of a model, until the claim `key` is released.
@@ -153,17 +172,21 @@ class Residency:
                     entry.model = await self._load(entry, attempt)
                 error = None
         except SidecarError as failure:
-            error = failure
+            # It is kept, and must not keep what was being loaded.
+            error = failure.with_traceback(None)
+            error.__cause__ = error.__context__ = None
         except Exception:
             log.exception("loading %s failed", entry.name)
         finally:
             cancelled = attempt.scope.cancelled_caught
+            self._guesses.discard(entry)
             entry.attempt, entry.failure = None, None if cancelled else error
             if error is None:
                 entry.loads += 1
                 self.brought_back += returning
                 entry.become("ready")
             elif returning:
+                self.predictor.note_evicted(entry.name, time.monotonic())
                 entry.become("evicted")
             else:
                 entry.become("unloaded" if cancelled else "failed")
@@ -193,10 +216,14 @@ class Residency:
             OutOfMemory: what is pinned, or may not be evicted, leaves too little.
         """
         while (gap := await self._shortfall(needed)).now > 0:
-            idle = self._plan(gap.now, entry, idle_only=True)
+            guess = entry in self._guesses and not entry.busy
+            idle = self._plan(gap.now, entry, idle_only=True, guess=guess)
             if idle.possible:
                 await self._settle(idle, entry)
                 continue
+            if guess and entry.attempt is not None:
+                entry.attempt.scope.cancel()
+                await checkpoint_if_cancelled()
             if gap.ever <= 0:
                 break  # The rest is held by requests, which end by themselves.
             plan = self._plan(gap.ever, entry)
@@ -277,15 +304,18 @@ class Residency:
         async with self._turn:
             await self._settle(Plan([], [], possible=True), None)
 
-    def _plan(self, missing: int, *protected: Entry, idle_only: bool = False) -> Plan:
+    def _plan(self, missing: int, *protected: Entry, idle_only: bool = False, guess: bool = False) -> Plan:
         if not self._settings.evict_models:
             return Plan([], [], possible=missing <= 0)
-        residents = [one for one in self._residents(*protected) if not (idle_only and one.in_use)]
+        residents = self._residents(*protected)
+        if idle_only or guess:
+            residents = [one for one in residents if not one.in_use]
+        if guess:
+            residents = [one for one in residents if one.next_use is None]
         return choose_victims(residents, missing, 0)
 
     def _residents(self, *without: Entry) -> list[Resident]:
         now = time.monotonic()
-        predicts = self._settings.predictive_preload
         return [
             Resident(
                 name=entry.name,
@@ -293,12 +323,18 @@ class Residency:
                 last_used=entry.last_used,
                 in_use=not entry.is_idle,
                 pinned=entry.pinned,
-                next_use=self.predictor.next_use(entry.name, now) if predicts else None,
+                next_use=self._next_use(entry, now),
                 ttl=_own_ttl(entry),
             )
             for entry in self._entries.values()
             if entry.state == "ready" and entry not in without
         ]
+
+    def _next_use(self, entry: Entry, now: float) -> float | None:
+        if not self._settings.predictive_preload:
+            return None
+        at = self.predictor.next_use(entry.name, now)
+        return None if at is None or at > now + SOON_SECONDS else at
 
     def _bytes(self, entry: Entry) -> int:
         key = _key(entry)

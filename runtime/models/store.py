@@ -5,6 +5,8 @@ half-finished import is never seen and an outdated one is recognised.
 """
 
 import errno
+import fcntl
+import os
 import re
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -17,6 +19,7 @@ IMPORTER_VERSION = 1
 """Raise when the import writes other files for the same source."""
 
 _RECEIPT = "mlx-sidecar.json"
+_STAGING = ".adding-"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}", re.IGNORECASE | re.ASCII)
 
 
@@ -26,7 +29,7 @@ def is_store_name(name: str) -> bool:
 
 
 class ModelStore:
-    """Finds and adds models below one home folder."""
+    """Finds, adds and removes models below one home folder."""
 
     def __init__(self, home: Path) -> None:
         self._folder = home / "models"
@@ -37,6 +40,12 @@ class ModelStore:
             return None
         folder = self._folder / name
         return folder if (folder / _RECEIPT).is_file() else None
+
+    def names(self) -> list[str]:
+        """Return the names of the complete models, in order."""
+        if not self._folder.is_dir():
+            return []
+        return sorted(path.name for path in self._folder.iterdir() if self.find(path.name) is not None)
 
     def is_current(self, name: str, source_sha256: str) -> bool:
         """Tell whether the model is there, made from this source by this version of the import."""
@@ -52,19 +61,45 @@ class ModelStore:
         """
         if not is_store_name(name):
             raise ValueError(f"{name!r} cannot be a model of the store")
+        with self.scratch() as staging:
+            made = staging / "model"
+            yield made
+            (made / _RECEIPT).write_bytes(_receipt(source_sha256))
+            self._replace(name, made, staging)
+
+    @contextmanager
+    def scratch(self) -> Generator[Path]:
+        """Give a folder, where models are kept, that is gone when the block ends.
+
+        What processes that were killed have left of theirs goes first: each holds a lock on its own.
+        """
         # Of no use to a server, which only finds.
         import shutil
         import tempfile
 
         self._folder.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".adding-", dir=self._folder))
+        self._clean_up()
+        while True:
+            folder = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self._folder))
+            held = os.open(folder, os.O_RDONLY)
+            fcntl.flock(held, fcntl.LOCK_EX)
+            if folder.exists():
+                break
+            os.close(held)  # Somebody took it for left over, in the moment before it was locked.
         try:
-            made = staging / "model"
-            yield made
-            (made / _RECEIPT).write_bytes(_receipt(source_sha256))
-            self._replace(name, made, staging)
+            yield folder
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(held)
+
+    def remove(self, name: str) -> None:
+        """Remove a model; it is gone at once, and its files a little later.
+
+        Raises:
+            OSError: there is no such model, or it cannot be removed.
+        """
+        with self.scratch() as staging:
+            (self._folder / name).rename(staging / "removed")
 
     def _replace(self, name: str, made: Path, staging: Path) -> None:
         target = self._folder / name
@@ -79,6 +114,18 @@ class ModelStore:
                     raise
             else:
                 return
+
+    def _clean_up(self) -> None:
+        import shutil
+
+        for folder in self._folder.glob(f"{_STAGING}*"):
+            with suppress(OSError):
+                found = os.open(folder, os.O_RDONLY)
+                try:
+                    fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder)
+                finally:
+                    os.close(found)
 
 
 def _receipt(source_sha256: str) -> bytes:

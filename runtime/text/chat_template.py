@@ -1,10 +1,11 @@
-"""Chat templates: the Jinja source in a model folder, rendered in a sandbox.
+"""Chat templates: the Jinja source in a model folder, rendered in a sandbox that ends.
 
 The environment is the one that Hugging Face templates are written for: `trim_blocks`, `lstrip_blocks`, loop
 controls, and the names `raise_exception`, `strftime_now` and `tojson`.
 """
 
 import json
+from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 _MAX_COMPLAINT = 300
+_FAILURES = (
+    *(TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError),
+)
+"""What a template that is wrong, or means harm, may raise besides Jinja's own errors."""
 
 
 class ChatTemplate:
@@ -30,8 +35,8 @@ class ChatTemplate:
         from jinja2 import TemplateError
 
         try:
-            self._template = _compile(source)
-        except TemplateError as error:
+            self._template, self._begin = _compile(source)
+        except (TemplateError, *_FAILURES) as error:
             raise ValueError("its chat template is not valid") from error
         self._special_tokens = special_tokens
 
@@ -45,11 +50,12 @@ class ChatTemplate:
         from jinja2 import TemplateError
 
         turns = [{"role": message.role, "content": message.content} for message in messages]
+        self._begin()
         try:
             return self._template.render(messages=turns, add_generation_prompt=True, **self._special_tokens)
         except _Refusal as refusal:
             raise InvalidParams("messages", str(refusal)[:_MAX_COMPLAINT]) from None
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        except (TemplateError, *_FAILURES) as error:
             raise Unsupported(
                 "The model's chat template cannot render these messages. Send 'prompt' instead."
             ) from error
@@ -59,16 +65,17 @@ class _Refusal(Exception):
     """The template called `raise_exception`."""
 
 
-def _compile(source: str) -> "Template":
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+def _compile(source: str) -> "tuple[Template, Callable[[], None]]":
+    """Return the template, and what to call before it is rendered."""
+    from .template_limits import BoundedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = _to_json
+    environment.add_filter("tojson", _to_json)
     environment.globals["raise_exception"] = _refuse  # pyright: ignore[reportArgumentType]
     environment.globals["strftime_now"] = _now  # pyright: ignore[reportArgumentType]
-    return environment.from_string(source)
+    return environment.from_string(source), environment.begin
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:

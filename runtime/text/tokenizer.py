@@ -5,6 +5,8 @@ goes through transformers, which can build one and costs over a second to import
 """
 
 import json
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,11 +44,15 @@ class ModelTokenizer:
         """Return the ids of `text`, with the tokens that the model wants around it if `special_tokens`.
 
         A text that begins with the beginning-of-sequence token itself does not get a second one.
+
+        Raises:
+            Unsupported: the tokenizer fails on this text.
         """
         if self._bos and text.startswith(self._bos):
             special_tokens = False
         # The batch calls, here and below, let other threads run; the plain ones hold the interpreter.
-        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special_tokens)
+        with _panics_as(Unsupported("The model's tokenizer cannot work on this text. Send another one.")):
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special_tokens)
         return encoding.ids
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
@@ -73,11 +79,24 @@ class ModelTokenizer:
 def _load(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if path.exists():
+        problem = ValueError("its tokenizer.json cannot be read")
         try:
-            return Tokenizer.from_file(str(path))
+            with _panics_as(problem):
+                return Tokenizer.from_file(str(path))
         except Exception as error:
-            raise ValueError("its tokenizer.json cannot be read") from error
+            raise problem from error
     return _load_with_transformers(folder)
+
+
+@contextmanager
+def _panics_as(problem: Exception) -> Generator[None]:
+    """Raise `problem` where Rust code panics, which is no Exception."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as panic:
+        raise problem from panic
 
 
 def _load_with_transformers(folder: Path) -> Tokenizer:
@@ -130,7 +149,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"its {path.name} is not valid JSON") from error
     if not isinstance(value, dict):
         raise ValueError(f"its {path.name} is not a JSON object")

@@ -2,17 +2,20 @@
 
 import json
 import os
-import random
+import signal
 import subprocess
 import sys
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy as safetensors
 from support.gguf_files import GgufLlama, Type
 from support.stub_hub import StubHub
 from support.tiny_model import make_tiny_model
+from support.wire import Wire
 
 COMMAND = Path(sys.executable).parent / "mlx-sidecar"
 FIND = """
@@ -49,7 +52,15 @@ class Person:
     def run(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
         return self.run_any(COMMAND, *arguments, **environment)
 
-    def run_any(self, *command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    def start(self, *arguments: str | Path) -> "subprocess.Popen[bytes]":
+        """Run a command and do not wait for it."""
+        pipe, command = subprocess.PIPE, (COMMAND, *arguments)
+        return subprocess.Popen(
+            command, env=self.environment, cwd=self.folder, stdin=pipe, stdout=pipe, stderr=pipe
+        )
+
+    @property
+    def environment(self) -> dict[str, str]:
         inherited = {
             name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))
         }
@@ -59,9 +70,12 @@ class Person:
             "HF_ENDPOINT": self.hub.url,
             "NO_PROXY": "127.0.0.1",
         }
+        return inherited | own
+
+    def run_any(self, *command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command,
-            env=inherited | own | environment,
+            env=self.environment | environment,
             cwd=self.folder,
             capture_output=True,
             text=True,
@@ -115,6 +129,15 @@ def published(hub: StubHub, model_files: dict[str, bytes]) -> dict[str, bytes]:
     return model_files
 
 
+@pytest.fixture
+def long_weights(hub: StubHub, model_files: dict[str, bytes]) -> bytes:
+    """The weights of acme/long: longer than the pieces that the hub's library writes."""
+    arrays = dict(safetensors.load(model_files["model.safetensors"]))
+    weights = safetensors.save(arrays | {"more": np.arange(3 * 1024 * 1024, dtype="f4")})
+    hub.add("acme/long", model_files | {"model.safetensors": weights})
+    return weights
+
+
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
@@ -163,17 +186,76 @@ def test_a_second_pull_fetches_what_is_new(person: Person, hub: StubHub, publish
     assert (folder / "model.safetensors").read_bytes() == published["model.safetensors"]
 
 
-def test_a_connection_that_ends_early_is_taken_up_where_it_stopped(person: Person, hub: StubHub) -> None:
-    # Longer than the pieces that the hub's library writes, so that there is something to go on from.
-    weights = random.Random(1).randbytes(12 * 1024 * 1024)
-    hub.add("acme/tiny", {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights})
+def test_a_connection_that_ends_early_is_taken_up_where_it_stopped(
+    person: Person, hub: StubHub, long_weights: bytes
+) -> None:
     hub.drop_once("model.safetensors", 11 * 1024 * 1024)
-    done = person.run("pull", "acme/tiny")
+    done = person.run("pull", "acme/long")
     assert done.returncode == 0, done.stderr
-    assert (Path(done.stdout.strip()) / "model.safetensors").read_bytes() == weights
+    assert (Path(done.stdout.strip()) / "model.safetensors").read_bytes() == long_weights
     assert hub.downloads().count("model.safetensors") == 2
     assert len(hub.ranges) == 1
     assert hub.ranges != ["bytes=0-"]
+
+
+def test_ctrl_c_ends_a_pull_at_once_and_the_next_one_makes_it_whole(
+    person: Person, hub: StubHub, long_weights: bytes
+) -> None:
+    hub.hold("model.safetensors", 11 * 1024 * 1024)
+    with person.start("pull", "acme/long") as pull:
+        assert hub.held.wait(60)
+        pull.send_signal(signal.SIGINT)
+        assert pull.wait(60) == 130
+        assert pull.stderr is not None
+        said = pull.stderr.read().decode()
+    assert "Traceback" not in said
+    assert "stopped; files that are complete stay" in said
+    lost = person.run_any(sys.executable, "-c", FIND, "acme/long", person.home)
+    assert "ModelNotFound" in lost.stderr
+    hub.release()
+    done = person.run("pull", "acme/long")
+    assert done.returncode == 0, done.stderr
+    assert (Path(done.stdout.strip()) / "model.safetensors").read_bytes() == long_weights
+    assert not list(person.hf_home.rglob("*.incomplete"))
+
+
+def test_a_model_that_does_not_fit_on_the_disk_is_not_begun(
+    person: Person, hub: StubHub, published: dict[str, bytes]
+) -> None:
+    assert published
+    hub.linked_sizes["model.safetensors"] = 10**15
+    message = person.refusal("pull", "acme/tiny")
+    assert message.startswith("the disk has too little room: 100000000")
+    assert hub.downloads() == []
+
+
+def test_progress_and_result_are_json_for_a_program(person: Person, long_weights: bytes) -> None:
+    done = person.run("pull", "--json", "acme/long")
+    assert done.returncode == 0, done.stderr
+    *progress, result = map(json.loads, done.stdout.splitlines())
+    folder = next((person.hf_home / "hub/models--acme--long/snapshots").iterdir())
+    total = sum(path.stat().st_size for path in folder.iterdir())
+    assert result == {"result": {"model": "acme/long", "bytes": total, "revision": folder.name}}
+    fetching = [line["progress"] for line in progress if line["progress"]["phase"] == "fetching"]
+    assert {line["totalBytes"] for line in fetching} == {total}
+    done_bytes = [line["doneBytes"] for line in fetching]
+    assert done_bytes == sorted(set(done_bytes))
+    assert (done_bytes[0], done_bytes[-1]) == (0, total)
+    checked = {"phase": "checking", "doneBytes": total, "totalBytes": total, "remainingMs": 0.0}
+    assert progress[-1]["progress"] == checked
+    assert len(long_weights) < total
+
+
+def test_a_failure_is_json_for_a_program_without_paths_or_words_of_libraries(
+    person: Person, hub: StubHub, published: dict[str, bytes]
+) -> None:
+    assert published
+    hub.drop_once("model.safetensors", 30_000, reset=True)
+    done = person.run("pull", "--json", "acme/tiny")
+    assert done.returncode == 1
+    message = "acme/tiny could not be downloaded; files that are complete stay, so try again"
+    assert json.loads(done.stdout.splitlines()[-1]) == {"error": {"kind": "pull_failed", "message": message}}
+    assert "acme/tiny could not be downloaded (" in done.stderr.splitlines()[-1]
 
 
 def test_a_connection_that_is_reset_is_said_and_the_next_pull_makes_it_whole(
@@ -396,3 +478,30 @@ def test_modules_in_the_folder_that_one_is_in_are_not_run(person: Person, gguf: 
         (person.folder / name).write_text("raise SystemExit('a file of the working folder ran')")
     done = person.run("import", gguf, "mine")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_client_pulls_a_model_and_loads_it(
+    person: Person, hub: StubHub, published: dict[str, bytes]
+) -> None:
+    total = sum(map(len, published.values()))
+    with Wire(env=person.environment) as wire:
+        wire.initialize()
+        pulled = wire.result("pull", model="acme/tiny", partialResultToken="p")
+        assert pulled == {"model": "acme/tiny", "bytes": total, "revision": hub.repos["acme/tiny"].commit}
+        progress = wire.progress("p")
+        assert [part["seq"] for part in progress] == sorted({part["seq"] for part in progress})
+        assert progress[-1]["phase"] == "checking"
+        assert wire.result("load", model="acme/tiny")["state"] == "ready"
+        refused = wire.error("pull", model="acme/nothing")
+        assert refused["data"] == {"kind": "pull_failed", "retryable": False, "model": "acme/nothing"}
+
+
+def test_a_client_that_cancels_a_pull_is_told_so(person: Person, hub: StubHub, long_weights: bytes) -> None:
+    hub.hold("model.safetensors", len(long_weights) // 2)
+    with Wire(env=person.environment) as wire:
+        wire.initialize()
+        asked = wire.send("pull", model="acme/long")
+        assert hub.held.wait(60)
+        wire.notify("$/cancelRequest", id=asked)
+        assert wire.response(asked)["error"]["data"]["kind"] == "cancelled"
+        assert wire.error("load", model="acme/long")["data"]["kind"] == "model_not_found"

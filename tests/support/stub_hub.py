@@ -5,6 +5,7 @@ import json
 import socket
 import struct
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -37,6 +38,12 @@ class StubHub:
         self.repos: dict[str, StubRepo] = {}
         self.requests: list[tuple[str, str]] = []
         self.ranges: list[str] = []
+        self.linked_sizes: dict[str, int] = {}
+        """What the hub claims of the size of some files, instead of the truth."""
+        self.held = threading.Event()
+        """Set once a download waits, where `hold` said."""
+        self._holds: dict[str, int] = {}
+        self._release = threading.Event()
         self._drops: dict[str, tuple[int, bool]] = {}
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -59,6 +66,7 @@ class StubHub:
 
     def stop(self) -> None:
         """Go off line: connections are refused from here on."""
+        self.release()
         if self._thread.is_alive():
             self._server.shutdown()
             self._thread.join()
@@ -72,6 +80,27 @@ class StubHub:
     def drop_once(self, path: str, after: int, *, reset: bool = False) -> None:
         """Break the next download of `path` after so many bytes: an early end, or a TCP reset."""
         self._drops[path] = (after, reset)
+
+    def hold(self, path: str, after: int) -> None:
+        """Let downloads of `path` wait after so many bytes, until `release`."""
+        self._holds[path] = after
+        self.held.clear()
+        self._release.clear()
+
+    def release(self) -> None:
+        """Let what waits go on, and hold nothing any more."""
+        self._holds.clear()
+        self._release.set()
+
+    def bytes_before_hold(self, path: str, start: int) -> int | None:
+        """Return how many bytes a download that begins at `start` may send before it waits; None is all."""
+        hold = self._holds.get(path)
+        return None if hold is None else max(hold - start, 0)
+
+    def wait(self) -> None:
+        """Wait until whoever holds downloads lets them go on."""
+        self.held.set()
+        assert self._release.wait(60)
 
     def downloads(self) -> list[str]:
         """Return the paths whose content was sent, in whole or in part."""
@@ -145,11 +174,23 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{_sha256(data)}"', "X-Repo-Commit": repo.commit, "Accept-Ranges": "bytes"}
         if "Range" in self.headers:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        if path in self.hub.linked_sizes:
+            headers["X-Linked-Size"] = str(self.hub.linked_sizes[path])
         self._send(206 if "Range" in self.headers else 200, headers, len(data) - start)
         drop = self.hub.take_drop(path) if with_body else None
         if drop is not None:
             self._drop(data[start : drop[0]], reset=drop[1])
         elif with_body:
+            self._write(path, data, start)
+
+    def _write(self, path: str, data: bytes, start: int) -> None:
+        # A client that is stopped meanwhile has gone away.
+        with suppress(OSError):
+            if (first := self.hub.bytes_before_hold(path, start)) is not None:
+                self.wfile.write(data[start : start + first])
+                self.wfile.flush()
+                start += first
+                self.hub.wait()
             self.wfile.write(data[start:])
 
     def _drop(self, data: bytes, *, reset: bool) -> None:

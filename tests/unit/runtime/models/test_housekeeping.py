@@ -1,5 +1,6 @@
 """What is given up while memory is short, and when it is taken back."""
 
+from collections.abc import Collection
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,9 @@ class Machine:
         self.gave_back = 0
         self.memory = MemoryUse()
         self.residency = self
+        self.predictor = self
+        self.entries = [SimpleNamespace(name=name, state="evicted") for name in "abc"]
+        self.no_room_for: list[str] = []
         self.settings = Settings(home=Path("/nowhere"), min_available_bytes=1000)
         me = cast(Any, self)
         self.housekeeping = Housekeeping(me, me, me, self.settings)
@@ -51,6 +55,18 @@ class Machine:
     async def evict_oldest(self) -> bool:
         self.idle -= 1
         return self.idle >= 0
+
+    def wanted(self, _now: float, absent: Collection[str], _lead: float) -> list[str]:
+        return [name for name in "cba" if name in absent]
+
+    async def bring_back(self, entry: Any) -> bool:
+        if entry.name in self.no_room_for:
+            return False
+        entry.state = "queued"
+        return True
+
+    def coming(self) -> str:
+        return "".join(entry.name for entry in self.entries if entry.state == "queued")
 
 
 async def test_with_enough_memory_nothing_is_given_up() -> None:
@@ -96,3 +112,25 @@ async def test_mlx_holding_more_than_the_budget_is_a_shortage_too() -> None:
     await machine.housekeeping.look()
     assert machine.housekeeping.pressure.level == "caches"
     assert "of a budget of 5000" in str(machine.housekeeping.pressure.reason)
+
+
+async def test_of_those_expected_the_first_that_has_room_comes_back_then_the_next() -> None:
+    machine = Machine(idle=0)
+    await machine.housekeeping.look()
+    assert machine.coming() == ""
+    machine.settings.predictive_preload = True
+    machine.no_room_for = ["c"]
+    await machine.housekeeping.look()
+    assert machine.coming() == "b"
+    await machine.housekeeping.look()
+    assert machine.coming() == "ab"
+
+
+async def test_nobody_is_brought_back_while_memory_is_short() -> None:
+    machine = Machine(idle=2, available=SHORT)
+    machine.settings.predictive_preload = True
+    await machine.housekeeping.look()
+    assert machine.coming() == ""
+    machine.available = PLENTY
+    await machine.housekeeping.look()
+    assert machine.coming() == "c"

@@ -2,13 +2,17 @@
 
 import asyncio
 import contextvars
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import anyio
 import pytest
+from msgspec import UNSET
 from support.scripted_batch import ScriptedBatch
 
 from mlx_sidecar.config.settings import Settings
@@ -18,6 +22,7 @@ from mlx_sidecar.protocol.errors import InvalidModel, ModelNotLoaded, OutOfMemor
 from mlx_sidecar.runtime.engine.sequence import Emission, Sampling, Sequence
 from mlx_sidecar.runtime.engine.thread import InferenceThread
 from mlx_sidecar.runtime.models.entry import Entry
+from mlx_sidecar.runtime.models.housekeeping import Housekeeping
 from mlx_sidecar.runtime.models.loaded import LoadedModel
 from mlx_sidecar.runtime.models.registry import ModelRegistry
 from mlx_sidecar.runtime.scheduling.memory import Footprint
@@ -27,6 +32,7 @@ pytestmark = pytest.mark.anyio
 
 SIZE, BUDGET = 100_000, 350_000
 """Of a model called "a", "b" and so on, and of all memory: there is room for three and a little."""
+HOUR, DAY = 3600.0, 86400.0
 
 
 class Loading:
@@ -82,6 +88,9 @@ class House:
         self.tasks = tasks
         me = cast(Any, self.loading)
         self.registry = ModelRegistry(self.engine, me, self.settings, tasks.start_soon, post)
+        self.residency = self.registry.residency
+        machine = cast(Any, SimpleNamespace(available_memory=lambda: None))
+        self.housekeeping = Housekeeping(self.registry, self.engine, machine, self.settings)
 
     async def load(self, *names: str, **params: Any) -> None:
         for name in names:
@@ -123,6 +132,24 @@ class House:
             yield done.set
         finally:
             done.set()
+
+    def expect(self, **seconds: float) -> None:
+        """Let models have been used every hour, so that they are expected so many seconds from now."""
+        self.settings.predictive_preload = True
+        predictor, now = self.residency.predictor, time.monotonic()
+        hours = [hour * HOUR for hour in range(1, 5)]
+        for at, name in sorted((now + ahead - ago, name) for name, ahead in seconds.items() for ago in hours):
+            predictor.note_request(name, at)
+        for name, ahead in seconds.items():
+            assert predictor.next_use(name, now) == pytest.approx(now + ahead, abs=0.1)
+
+    async def evict(self, name: str) -> None:
+        assert await self.residency.evict(self.registry.find(name))
+
+    async def look_ahead(self) -> None:
+        """Do what is done every second, and wait until whoever was to come is there or was called off."""
+        await self.housekeeping.look()
+        await self.until(lambda: not {"queued", "loading"} & set(self.states().values()))
 
     def states(self) -> dict[str, str]:
         return {info.model: info.state for info in self.registry.infos()}
@@ -379,3 +406,124 @@ async def test_memory_is_where_it_was_after_any_number_of_changes(house: House) 
         await house.unload(name)
     memory = house.engine.report().memory
     assert (memory.weights_bytes, memory.claimed_bytes, memory.reserved_bytes) == (0, 0, 0)
+
+
+async def test_a_model_that_is_expected_comes_back_into_free_memory(house: House) -> None:
+    await house.load("a", "b")
+    house.expect(a=5, b=HOUR / 2)
+    await house.evict("a")
+    await house.evict("b")
+    await house.look_ahead()
+    assert house.states() == {"a": "ready", "b": "evicted"}
+    await house.ask("a")
+    assert house.loading.order == ["a", "b", "a"]
+    report = house.residency.predictor.report()
+    assert (report.predictions, report.hits) == (1, 1)
+
+
+async def test_a_model_that_is_expected_takes_the_place_of_the_oldest_idle_one(
+    house: House,
+) -> None:
+    await house.load("a", "b", "c")
+    house.expect(a=5)
+    await house.evict("a")
+    await house.load("d")
+    await house.look_ahead()
+    assert house.resident() == "acd"
+    assert house.residency.evicted == 1
+
+
+async def test_nobody_in_use_pinned_or_expected_too_leaves_for_one_that_is_expected(house: House) -> None:
+    await house.load("a", "b")
+    await house.load("c", pin=True)
+    house.expect(a=5, d=300)
+    await house.evict("a")
+    await house.load("d")
+    async with house.in_use("b") as done:
+        await house.look_ahead()
+        assert house.states() == {"a": "evicted", "b": "ready", "c": "ready", "d": "ready"}
+        assert house.residency.predictor.report().predictions == 0
+        done()
+        await house.until(lambda: not house.registry.infos()[1].in_use)
+        await house.look_ahead()
+    assert house.resident() == "acd"
+
+
+async def test_where_nobody_may_leave_one_that_is_expected_comes_into_free_memory_only(house: House) -> None:
+    await house.load("a", "b", "c")
+    house.expect(a=5)
+    await house.evict("a")
+    await house.load("d")
+    house.settings.evict_models = False
+    await house.look_ahead()
+    assert house.resident() == "bcd"
+    await house.unload("b")
+    await house.look_ahead()
+    assert house.resident() == "acd"
+
+
+async def test_a_use_that_is_expected_soon_protects_and_one_far_ahead_protects_nobody(house: House) -> None:
+    await house.load("a", "b", "c")
+    house.expect(a=HOUR / 2, b=300)
+    await house.load("d")
+    assert house.resident() == "bcd"
+    await house.load("e")
+    assert house.resident() == "bde"
+
+
+async def test_one_that_is_expected_gives_way_if_others_take_the_room_before_its_turn(house: House) -> None:
+    await house.load("a", "b", "c")
+    house.expect(a=5)
+    await house.evict("a")
+    async with house.in_use("b", "c"):
+        async with anyio.create_task_group() as both:
+            both.start_soon(house.residency.bring_back, house.registry.find("a"))
+            both.start_soon(partial(house.load, "d", pin=True))
+        await house.until(lambda: house.states()["a"] == "evicted")
+        assert set(house.states().values()) == {"evicted", "ready"}
+    report = house.residency.predictor.report()
+    assert (report.predictions, report.misses) == (1, 1)
+    assert house.registry.infos()[0].failure is UNSET
+    assert house.loading.order == ["a", "b", "c", "d"]
+
+
+async def test_one_that_was_expected_and_is_asked_for_on_its_way_comes_as_any_other(house: House) -> None:
+    await house.load("a", "b", "c")
+    house.expect(a=5)
+    await house.evict("a")
+    async with house.in_use("b", "c") as done, anyio.create_task_group() as all_:
+        all_.start_soon(house.residency.bring_back, house.registry.find("a"))
+        all_.start_soon(partial(house.load, "d", pin=True))
+        await house.until(lambda: house.states()["a"] == "queued")
+        all_.start_soon(house.ask, "a")
+        await house.until(lambda: "draining" in house.states().values())
+        done()
+    assert house.loading.order == ["a", "b", "c", "d", "a"]
+    assert house.residency.predictor.report().hits == 1
+
+
+async def test_a_model_that_came_back_does_not_expire_before_its_use(house: House) -> None:
+    await house.load("a")
+    house.settings.predictive_preload = True
+    # Every day, once 800 s earlier: next in 805 s, or in 5.
+    latest = time.monotonic() + 805 - DAY
+    for at in (latest - 3 * DAY + 800, latest - 2 * DAY, latest - DAY, latest):
+        house.residency.predictor.note_request("a", at)
+    await house.evict("a")
+    house.settings.model_ttl_ms = 60_000
+    house.registry.find("a").last_used -= HOUR
+    for _ in range(2):
+        await house.look_ahead()
+        assert house.resident() == "a"
+
+
+async def test_while_memory_is_short_those_that_are_expected_leave_last(house: House) -> None:
+    await house.load("a", "b")
+    await house.load("c", pin=True)
+    house.expect(a=300)
+    assert await house.residency.evict_oldest()
+    assert house.resident() == "ac"
+    assert await house.residency.evict_oldest()
+    assert not await house.residency.evict_oldest()
+    assert house.resident() == "c"
+    assert house.residency.evicted == 2

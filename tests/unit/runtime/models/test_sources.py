@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_sidecar.protocol.errors import InvalidModel, ModelNotFound
-from mlx_sidecar.runtime.models.sources import check_folder, find_model, weight_files
+from mlx_sidecar.protocol.errors import InvalidModel, ModelNotFound, UnsafeModel
+from mlx_sidecar.runtime.models.folder_check import check_folder
+from mlx_sidecar.runtime.models.sources import find_model
 from mlx_sidecar.runtime.models.store import ModelStore
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -129,9 +130,9 @@ DEEP = b"[" * 200_000
         (b"\x80", "not valid JSON"),
         (DEEP, "not valid JSON"),
         (b'{"model_type": ' + b"9" * 10_000 + b"}", "not valid JSON"),
-        (b"[]", "does not name a model_type"),
-        (b"null", "does not name a model_type"),
-        (b'"llama"', "does not name a model_type"),
+        (b"[]", "not a JSON object"),
+        (b"null", "not a JSON object"),
+        (b'"llama"', "not a JSON object"),
         (b"{}", "does not name a model_type"),
         (b'{"model_type": 7}', "does not name a model_type"),
         (b'{"model_type": null}', "does not name a model_type"),
@@ -167,18 +168,102 @@ def test_a_folder_that_lacks_a_file_is_an_invalid_model_that_says_which(
 
 def test_other_formats_of_weights_do_not_count(tmp_path: Path) -> None:
     folder = make_folder(tmp_path)
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "model.gguf")
     with pytest.raises(InvalidModel, match="other weight formats are not loaded"):
         check_folder("tiny", folder)
 
 
-def test_the_weight_files_are_those_that_mlx_lm_reads_in_order(tmp_path: Path) -> None:
-    for name in (
-        "model-2.safetensors",
-        "model-1.safetensors",
-        "adapter.safetensors",
-        "model.bin",
-        "a_model.safetensors",
-    ):
-        (tmp_path / name).touch()
-    assert [path.name for path in weight_files(tmp_path)] == ["model-1.safetensors", "model-2.safetensors"]
+def test_a_pickle_beside_the_weights_is_named_with_what_to_do(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    (folder / "pytorch_model.bin").touch()
+    with pytest.raises(UnsafeModel, match=r"'pytorch_model\.bin' is a pickle.*; move that file elsewhere"):
+        check_folder("tiny", folder)
+
+
+def test_a_revision_leads_to_its_own_snapshot(store: ModelStore, hub_cache: Path) -> None:
+    cache_model(hub_cache, "acme/tiny")
+    other = make_folder(hub_cache / "models--acme--tiny/snapshots" / ("f" * 40))
+    (hub_cache / "models--acme--tiny/refs/v2").write_text("f" * 40)
+    assert find_model("acme/tiny", store, "v2") == find_model("acme/tiny", store, "f" * 40) == other
+    assert find_model("acme/tiny", store, "main") == find_model("acme/tiny", store) != other
+
+
+# The last is a file whose content would be taken for a commit.
+@pytest.mark.parametrize(
+    "revision", ["v3", "e" * 40, "", "..", "../../..", "a//b", "/etc", "a\x00b", "../secret"]
+)
+def test_a_revision_that_is_not_in_the_cache_is_not_found(
+    store: ModelStore, hub_cache: Path, revision: str
+) -> None:
+    snapshot = cache_model(hub_cache, "acme/tiny")
+    (hub_cache / "models--acme--tiny/secret").write_text(snapshot.name)
+    with pytest.raises(ModelNotFound):
+        find_model("acme/tiny", store, revision)
+
+
+def test_only_models_of_the_hub_have_revisions(store: ModelStore, tmp_path: Path) -> None:
+    with pytest.raises(InvalidModel, match="only models of the hub have revisions"):
+        find_model(str(make_folder(tmp_path / "mine")), store, "main")
+
+
+def test_files_of_the_cache_may_be_links_into_where_it_keeps_their_contents(
+    store: ModelStore, hub_cache: Path
+) -> None:
+    folder = cache_model(hub_cache, "acme/tiny")
+    blobs, shared = hub_cache / "models--acme--tiny/blobs", hub_cache / "blobs/ab"
+    for kept in (blobs, shared):
+        kept.mkdir(parents=True)
+    (folder / "config.json").rename(blobs / "1")
+    (folder / "config.json").symlink_to("../../blobs/1")
+    (folder / "model.safetensors").rename(shared / "2")
+    (folder / "model.safetensors").symlink_to(shared / "2")
+    assert find_model("acme/tiny", store) == folder
+
+
+def test_a_link_from_one_model_of_the_cache_to_another_is_unsafe(store: ModelStore, hub_cache: Path) -> None:
+    folder, other = cache_model(hub_cache, "acme/tiny"), cache_model(hub_cache, "acme/private")
+    (folder / "tokenizer_config.json").symlink_to(other / "config.json")
+    with pytest.raises(UnsafeModel, match="a link that leads out of the folder"):
+        find_model("acme/tiny", store)
+
+
+def test_links_within_a_folder_and_a_link_to_it_are_fine(store: ModelStore, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "real")
+    (folder / "model.safetensors").rename(folder / "weights")
+    (folder / "model.safetensors").symlink_to("weights")
+    (tmp_path / "alias").symlink_to(folder)
+    assert find_model(str(tmp_path / "alias"), store) == tmp_path / "alias"
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"auto_map": None},
+        {"auto_map": {}},
+        {"trust_remote_code": False},
+        {"_attn_implementation_autoset": True},
+        {"rope_scaling": {"type": "llama3", "factor": 8.0}, "rope_theta": 5e5},
+        {"num_hidden_layers": 126, "intermediate_size": [64, 128], "head_dim": None},
+        {
+            "quantization": {
+                "group_size": 64,
+                "bits": 4,
+                "model.embed": {"group_size": 32, "bits": 8},
+                "x": False,
+            }
+        },
+        {"eos_token_id": [1, 2]},
+    ],
+)
+def test_settings_that_ask_for_nothing_wrong_pass(tmp_path: Path, members: dict[str, object]) -> None:
+    folder = make_folder(tmp_path)
+    (folder / "config.json").write_text(json.dumps(CONFIG | members))
+    assert check_folder("tiny", folder) == CONFIG | members
+
+
+def test_notes_pictures_and_folders_beside_a_model_do_no_harm(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    for name in ("README.md", "picture.png", "notes.json", "LICENSE"):
+        (folder / name).write_text("not JSON")
+    (folder / "original").mkdir()
+    check_folder("tiny", folder)

@@ -119,6 +119,41 @@ def test_a_process_that_dies_in_the_middle_leaves_nothing_visible(store: ModelSt
     assert content(store, "m") == "whole"
 
 
+def test_what_a_process_that_died_left_goes_with_the_next_addition(store: ModelStore, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", ADD_AND_DIE, str(tmp_path / "home")], check=False)
+    assert len(names(tmp_path)) == 1
+    add(store, "other", "{}")
+    assert names(tmp_path) == {"other"}
+
+
+def test_what_is_being_added_is_not_taken_for_left_over(store: ModelStore, tmp_path: Path) -> None:
+    with store.adding("slow", SHA) as folder:
+        folder.mkdir()
+        add(ModelStore(tmp_path / "home"), "quick", "{}")
+        (folder / "config.json").write_text("still here")
+    assert content(store, "slow") == "still here"
+    assert names(tmp_path) == {"slow", "quick"}
+
+
+def test_the_names_are_those_of_complete_models_in_order(store: ModelStore, tmp_path: Path) -> None:
+    assert store.names() == []
+    add(store, "b", "{}")
+    add(store, "a", "{}")
+    (tmp_path / "home/models/half").mkdir()
+    (tmp_path / "home/models/file").touch()
+    assert store.names() == ["a", "b"]
+
+
+def test_a_removed_model_is_gone_and_no_other(store: ModelStore, tmp_path: Path) -> None:
+    add(store, "a", "{}")
+    add(store, "b", "{}")
+    store.remove("a")
+    assert store.find("a") is None
+    assert names(tmp_path) == {"b"}
+    with pytest.raises(FileNotFoundError):
+        store.remove("a")
+
+
 def test_only_the_same_source_and_importer_are_current(
     store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
