@@ -69,7 +69,6 @@ bench: $(DONE)/install $(DONE)/typescript $(DONE)/clients $(DONE)/model ## measu
 	@$(BIN)/python benchmarks/blas.py
 	@$(BIN)/python benchmarks/ping.py
 	@$(BIN)/python benchmarks/wire.py
-	@$(BIN)/python benchmarks/prediction.py
 
 .PHONY: bench-engine
 bench-engine: $(DONE)/install $(DONE)/typescript $(DONE)/model ## measure many streams against mlx-lm: a quarter of an hour
