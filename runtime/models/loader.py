@@ -78,12 +78,20 @@ def load_network(folder: Path, dtype: DtypeRequest, device: str, on_piece: OnPie
         module=module,
         dtype=wanted,
         reason=reason,
-        parameters=cast(int, mlx_lm.get_total_parameters(module)),
+        parameters=_count(module),
         context_length=context_length,
         vocabulary=vocabulary,
         nbytes=sum(array.nbytes for _, array in _arrays(module)),
         load_ms=(time.monotonic() - began) * 1000,
     )
+
+
+def _count(module: Any) -> int:
+    """Return the number of weights; mlx-lm leaves out those of modules that have others inside."""
+    leaves: Any = tree.tree_flatten(module.leaf_modules(), is_leaf=lambda one: isinstance(one, nn.Module))
+    inside = {id(array) for _, leaf in leaves for _, array in _arrays(leaf)}
+    outside = sum(array.size for _, array in _arrays(module) if id(array) not in inside)
+    return cast(int, mlx_lm.get_total_parameters(module)) + outside
 
 
 def _evaluate(module: nn.Module, on_piece: OnPiece) -> None:
