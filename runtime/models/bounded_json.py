@@ -1,5 +1,6 @@
 """Reads a JSON file of a model folder within limits, before any library opens it."""
 
+import json
 import os
 import stat
 from pathlib import Path
@@ -24,14 +25,22 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     try:
-        value: Any = msgspec.json.decode(read_bounded(path, max_bytes))
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        value = _decode(read_bounded(path, max_bytes))
+    except (ValueError, RecursionError):
         raise BadFile(f"its {path.name} is not valid JSON") from None
     if depth_exceeds(value, MAX_JSON_DEPTH):
         raise BadFile(f"its {path.name} is nested deeper than {MAX_JSON_DEPTH} levels")
     if not isinstance(value, dict):
         raise BadFile(f"its {path.name} is not a JSON object")
     return cast(dict[str, Any], value)
+
+
+def _decode(content: bytes) -> Any:
+    try:
+        return msgspec.json.decode(content)
+    except msgspec.DecodeError:
+        # Slower, but Python's own reader takes Infinity, which stands in some configs.
+        return json.loads(content)
 
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:

@@ -88,7 +88,7 @@ def load_network(folder: Path, dtype: DtypeRequest, device: str, on_piece: OnPie
 
 def _count(module: Any) -> int:
     """Return the number of weights; mlx-lm leaves out those of modules that have others inside."""
-    leaves: Any = tree.tree_flatten(module.leaf_modules(), is_leaf=lambda one: isinstance(one, nn.Module))
+    leaves: Any = tree.tree_flatten(module.leaf_modules(), is_leaf=nn.Module.is_module)
     inside = {id(array) for _, leaf in leaves for _, array in _arrays(leaf)}
     outside = sum(array.size for _, array in _arrays(module) if id(array) not in inside)
     return cast(int, mlx_lm.get_total_parameters(module)) + outside
