@@ -96,7 +96,7 @@ class InferenceThread:
         self._most_sequences = _MOST_SEQUENCES
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self.on_hungry: OnHungry = lambda _, __: self.refuse_hopeless()
-        self._claims: list[Future[None]] = []
+        self._claims: list[Future[bool]] = []
         self._most_cached: int | None = None
         self.steps = 0
         self.memory = MemoryUse()
@@ -145,9 +145,15 @@ class InferenceThread:
             chunk_tokens=batch.prefill_chunk_tokens,
         )
         self._admission.release_claim(model)
-        # Beside one more model there may be no room for some who wait, ever.
+        self._tell_of_hunger()
+
+    def _tell_of_hunger(self) -> None:
+        """Some who wait may have no room beside the models any more, as long as those stay."""
+        needed: dict[str, int] = {}
         for sequence in self._admission.hopeless():
-            self.on_hungry(sequence.model, self._admission.needed(sequence))
+            needed[sequence.model] = max(self._admission.needed(sequence), needed.get(sequence.model, 0))
+        for model, most in needed.items():
+            self.on_hungry(model, most)
 
     def refuse_hopeless(self) -> None:
         """Fail whoever waits and can never run beside the models in memory. On this thread, out of `run`."""
@@ -166,6 +172,7 @@ class InferenceThread:
         adapters = sum(adapter.nbytes for adapter in batch.report().adapters)
         footprint = batch.footprint
         self._admission.resize(model, footprint._replace(weights=footprint.weights + adapters))
+        self._tell_of_hunger()
 
     def shortfall(self, needed_bytes: int, beside: str | None = None) -> Shortfall:
         """Return what is lacking for a model of so many bytes, or for a request to one. On this thread."""
@@ -175,12 +182,13 @@ class InferenceThread:
         """Return what a model takes; None if it is not running."""
         return self._admission.footprint(model)
 
-    def claim(self, owner: str, needed_bytes: int) -> "Future[None]":
+    def claim(self, owner: str, needed_bytes: int) -> "Future[bool]":
         """Keep memory for a model that is about to come; the future is done when those who run leave it room.
 
-        The claim is kept until `attach` or `release_claim`.
+        It is false if there is none although nobody runs: the budget has shrunk. The claim is kept until
+        `attach` or `release_claim`.
         """
-        future: Future[None] = Future()
+        future: Future[bool] = Future()
 
         def command() -> None:
             self._admission.claim(owner, needed_bytes)
@@ -202,6 +210,7 @@ class InferenceThread:
             most_waiting=self._settings.max_waiting,
             ageing_seconds=self._settings.ageing_ms / 1000,
         )
+        self._tell_of_hunger()
 
     def detach(self, model: str) -> None:
         """Stop running `model` and give its memory back. Call on this thread, out of `run`."""
@@ -305,10 +314,13 @@ class InferenceThread:
             self._step_all()
 
     def _settle_claims(self) -> None:
-        if self._claims and not self._admission.is_overdrawn:
+        if not self._claims:
+            return
+        has_room = not self._admission.is_overdrawn
+        if has_room or self._admission.report()[1].reserved_bytes == 0:
             for claim in self._claims:
                 if claim.set_running_or_notify_cancel():
-                    claim.set_result(None)
+                    claim.set_result(has_room)
             self._claims.clear()
 
     def _step_all(self) -> None:

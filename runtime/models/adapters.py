@@ -3,10 +3,11 @@
 import asyncio
 import logging
 import time
-from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import anyio
 
 from mlx_sidecar.protocol import messages as m
 from mlx_sidecar.protocol.errors import InvalidAdapter
@@ -85,7 +86,11 @@ async def attach(
         report = next(one for one in batch.report().adapters if one.name == adapter)
         return report.rank, report.nbytes
 
-    found = await asyncio.wrap_future(engine.run(work))
+    # What is in the engine has to be known here, whoever stops waiting for it.
+    attached = engine.run(work)
+    with anyio.CancelScope(shield=True):
+        await asyncio.wrap_future(attached)
+    found = attached.result()
     if isinstance(found, str):
         raise InvalidAdapter(model.name, adapter, found)
     rank, size = found
@@ -102,16 +107,17 @@ async def attach(
     return result
 
 
-def detach(engine: InferenceThread, model: LoadedModel, adapter: str) -> "Future[None]":
-    """Give an adapter's memory back. Nobody may be using it."""
-    del model.adapters[adapter]
+async def detach(engine: InferenceThread, model: LoadedModel, adapter: str) -> None:
+    """Give an adapter's memory back, unless its model has left with it. Nobody may be using it."""
 
     def work() -> None:
-        engine.batch(model.key).detach_adapter(adapter)
-        engine.resize(model.key)
-        engine.give_memory_back()
+        if engine.footprint(model.key) is not None:
+            engine.batch(model.key).detach_adapter(adapter)
+            engine.resize(model.key)
+            engine.give_memory_back()
 
-    return engine.run(work)
+    await asyncio.wrap_future(engine.run(work))
+    del model.adapters[adapter]
 
 
 async def bring_adapters_back(

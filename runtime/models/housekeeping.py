@@ -48,7 +48,10 @@ class Housekeeping:
             await anyio.sleep(_EVERY_SECONDS)
         while self._engine.started().exception() is None:
             await anyio.sleep(_EVERY_SECONDS)
-            await self.look()
+            try:
+                await self.look()
+            except Exception:
+                log.exception("a look at the memory failed")
 
     async def look(self) -> None:
         """Do what there is to do now."""

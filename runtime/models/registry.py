@@ -4,7 +4,6 @@ The networks themselves stay on the inference thread; a key is all that crosses 
 who has to leave, is for `residency`.
 """
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Generator
@@ -34,6 +33,7 @@ from .residency import Post, Residency, Spawn
 
 log = logging.getLogger("models")
 
+_TAKEN = "there is one of that name; unload it first"
 _MOST_FAILURES = 64
 """So many models whose load failed are remembered, for `models` to say why."""
 
@@ -149,8 +149,10 @@ class ModelRegistry:
         with _told(attempt, tell):
             entry.renewals += 1
             try:
+                entry.busy += 1  # It must not leave to make room for itself.
                 old = await self.residency.renew(entry, attempt)
             finally:
+                entry.busy -= 1
                 entry.renewals -= 1
                 entry.nudge()
                 if old is not None:
@@ -203,18 +205,21 @@ class ModelRegistry:
         Raises:
             ModelNotLoaded, InvalidAdapter, OutOfMemory.
         """
-        async with self.using(params.model) as (model, _):
-            if params.adapter in model.adapters:
-                raise InvalidAdapter(model.name, params.adapter, "there is one of that name; unload it first")
-            began = time.monotonic()
-            claim = f"{model.key}/{params.adapter}"
+        began = time.monotonic()
+        entry = self.find(params.model)
+        await self._ready(entry)
+        entry.busy += 1
+        try:
+            claim = f"{entry.name}/{params.adapter}"
             needed = await adapters.projected_bytes(self._loading, params.path)
-            await self.residency.claim_for_adapter(self.find(params.model), claim, needed)
-            try:
+            async with self.residency.staying(entry, claim, needed) as model:
+                if params.adapter in model.adapters:
+                    raise InvalidAdapter(entry.name, params.adapter, _TAKEN)
                 box = await adapters.read(self._loading, model.name, params.adapter, params.path)
                 result = await adapters.attach(self._engine, model, params.adapter, params.path, box)
-            finally:
-                self._engine.release_claim(claim)
+        finally:
+            entry.busy -= 1
+            entry.nudge()
         result.load_ms = (time.monotonic() - began) * 1000
         return result
 
@@ -224,14 +229,15 @@ class ModelRegistry:
         Raises:
             ModelNotLoaded, AdapterNotLoaded.
         """
-        async with self.using(params.model) as (model, _):
-            adapter = model.adapter(params.adapter)
-            adapter.use.gone = Unloaded(model.name, params.adapter)
-            if params.force:
-                self._end(list(adapter.use.sequences), adapter.use.gone)
-            with anyio.CancelScope(shield=True):
-                await adapter.use.ended()
-                await asyncio.wrap_future(adapters.detach(self._engine, model, params.adapter))
+        entry = self.find(params.model)
+        model = await self._ready(entry)
+        adapter = model.adapter(params.adapter)
+        adapter.use.gone = Unloaded(model.name, params.adapter)
+        if params.force:
+            self._end(list(adapter.use.sequences), adapter.use.gone)
+        with anyio.CancelScope(shield=True):
+            await adapter.use.ended()
+            await adapters.detach(self._engine, model, params.adapter)
         return m.UnloadAdapterResult(model=model.name, adapter=params.adapter)
 
     def _begin(self, name: str, params: m.LoadParams) -> Entry:

@@ -13,8 +13,8 @@ those are expected soon as well. As soon as somebody waits for it, it is a guess
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import anyio
@@ -93,27 +93,41 @@ class Residency:
         self.start(entry)
         return True
 
-    async def renew(self, entry: Entry, attempt: Attempt) -> LoadedModel:
+    async def renew(self, entry: Entry, attempt: Attempt) -> LoadedModel | None:
         """Bring another version of an entry into memory, beside the one that serves, and let it take over.
 
         Returns:
-            the old version; see `depart`.
+            the old version, see `depart`; None if it had left to make room for another.
 
         Raises:
             SidecarError: why the old version stays.
         """
-        entry.busy += 1  # It must not leave to make room for itself.
-        try:
-            async with self._turn:
-                new = await self._load(entry, attempt)
-        finally:
-            entry.busy -= 1
-            entry.nudge()
-        old = entry.model
-        assert old is not None
-        entry.model = new
-        entry.loads += 1
-        return old
+        async with self._turn:
+            if entry.state != "ready":
+                await self._bring_in(entry, attempt)
+                return None
+            old, entry.model = entry.model, await self._load(entry, attempt)
+            entry.loads += 1
+            return old
+
+    @asynccontextmanager
+    async def staying(self, entry: Entry, room_for: str, needed: int) -> AsyncGenerator[LoadedModel]:
+        """Keep a model in memory, and room beside it, while the block runs; nobody comes or leaves meanwhile.
+
+        Nothing in it may wait for a request: who drains a model would wait for it in turn.
+
+        Raises:
+            SidecarError: it could not be brought back, or there is no room.
+        """
+        async with self._turn:
+            if entry.state != "ready":
+                await self._bring_in(entry, Attempt())
+            assert entry.model is not None
+            await self._make_room(entry, room_for, needed)
+            try:
+                yield entry.model
+            finally:
+                self._engine.release_claim(room_for)
 
     async def depart(self, model: LoadedModel) -> None:
         """Give a model's memory back when its last request has ended."""
@@ -140,7 +154,9 @@ class Residency:
         ttl_ms = self._settings.model_ttl_ms
         default = None if ttl_ms is None else ttl_ms / 1000
         for name in expired(self._residents(), time.monotonic(), default):
-            if await self.evict(self._entries[name]):
+            # Unloading goes on beside it.
+            entry = self._entries.get(name)
+            if entry is not None and await self.evict(entry):
                 self.expired += 1
                 log.info("%s was not used and left memory", name)
 
@@ -153,23 +169,17 @@ class Residency:
         self.evicted += evicted
         return evicted
 
-    async def claim_for_adapter(self, entry: Entry, key: str, needed: int) -> None:
-        """Keep memory for an adapter of a model, until the claim `key` is released.
-
-        Raises:
-            OutOfMemory: there is no room, and none can be made.
-        """
-        async with self._turn:
-            await self._make_room(entry, key, needed)
-
     async def _bring(self, entry: Entry, attempt: Attempt) -> None:
         returning = entry.model is not None
         error: SidecarError | None = InternalError()
         try:
             with attempt.scope:
                 async with self._turn:
-                    entry.become("loading")
-                    entry.model = await self._load(entry, attempt)
+                    if entry.state != "ready":  # Or a reload has brought it meanwhile.
+                        entry.become("loading")
+                        entry.model = await self._load(entry, attempt)
+                        entry.loads += 1
+                        self.brought_back += returning
                 error = None
         except SidecarError as failure:
             # It is kept, and must not keep what was being loaded.
@@ -182,8 +192,6 @@ class Residency:
             self._guesses.discard(entry)
             entry.attempt, entry.failure = None, None if cancelled else error
             if error is None:
-                entry.loads += 1
-                self.brought_back += returning
                 entry.become("ready")
             elif returning:
                 self.predictor.note_evicted(entry.name, time.monotonic())
@@ -194,11 +202,29 @@ class Residency:
                     self._forget(entry)
             attempt.end(entry.failure)
 
+    async def _bring_in(self, entry: Entry, attempt: Attempt) -> None:
+        """Bring back an entry that left while somebody waited for the turn, who has it now."""
+        entry.become("loading")
+        try:
+            entry.model = await self._load(entry, attempt)
+        except BaseException:
+            entry.become("queued" if entry.attempt else "evicted")
+            raise
+        entry.loads += 1
+        self.brought_back += 1
+        entry.become("ready")
+
     async def _load(self, entry: Entry, attempt: Attempt) -> LoadedModel:
         self._keys += 1
         # While one version leaves memory another may be on its way there.
         key = f"{entry.name}#{self._keys}"
-        make_room = partial(self._make_room, entry, key)
+        adapters = (
+            sum(adapter.info().bytes for adapter in entry.model.adapters.values()) if entry.model else 0
+        )
+
+        async def make_room(needed: int) -> None:
+            await self._make_room(entry, key, needed + adapters)
+
         model = await self._loading.load(entry, key, attempt.watch, make_room)
         model.use.on_idle = self._wake
         try:
@@ -215,7 +241,11 @@ class Residency:
         Raises:
             OutOfMemory: what is pinned, or may not be evicted, leaves too little.
         """
-        while (gap := await self._shortfall(needed)).now > 0:
+        while True:
+            news = self._news
+            gap = await self._shortfall(needed)
+            if gap.now <= 0 and await self._claim(key, needed):
+                return
             guess = entry in self._guesses and not entry.busy
             idle = self._plan(gap.now, entry, idle_only=True, guess=guess)
             if idle.possible:
@@ -225,22 +255,30 @@ class Residency:
                 entry.attempt.scope.cancel()
                 await checkpoint_if_cancelled()
             if gap.ever <= 0:
-                break  # The rest is held by requests, which end by themselves.
+                # The rest is held by requests, which end by themselves.
+                if await self._claim(key, needed):
+                    return
+                continue
             plan = self._plan(gap.ever, entry)
             if plan.possible:
                 await self._settle(plan, entry)
             elif self._departing:
-                await self._next_news()
+                await news.wait()
             else:
                 movable = sum(one.bytes for one in self._residents(entry) if not one.pinned)
                 if not self._settings.evict_models:
                     movable = 0
                 raise OutOfMemory(needed, max(needed - gap.ever + movable, 0), model=entry.name)
+
+    async def _claim(self, key: str, needed: int) -> bool:
+        """Wait until those who run leave the room; return whether they did: the budget may have shrunk."""
+        granted = False
         try:
-            await asyncio.wrap_future(self._engine.claim(key, needed))
-        except BaseException:
-            self._engine.release_claim(key)
-            raise
+            granted = await asyncio.wrap_future(self._engine.claim(key, needed))
+        finally:
+            if not granted:
+                self._engine.release_claim(key)
+        return granted
 
     async def _settle(self, plan: Plan, protected: Entry | None) -> None:
         """Carry a plan out, and feed whoever is hungry on the way."""
@@ -249,13 +287,15 @@ class Residency:
             entry.become("draining")
         try:
             while draining or self._hungry:
+                news = self._news
                 for entry in [entry for entry in draining if not _used(entry)]:
                     draining.discard(entry)
                     await self._evict_drained(entry)
                 for key in list(self._hungry):
                     await self._feed(key, draining, protected)
-                if draining and all(_used(entry) for entry in draining):
-                    await self._next_news()
+                if self._hungry or draining:
+                    # What has happened since is news too.
+                    await self._something(news, draining)
         finally:
             for entry in draining:
                 if entry.state == "draining":
@@ -285,8 +325,11 @@ class Residency:
         elif coming < gap.ever and not self._departing:
             self._hungry.pop(key, None)
             await self._on_engine(self._engine.refuse_hopeless)
-        elif not draining:
-            await self._next_news()
+
+    async def _something(self, news: anyio.Event, draining: set[Entry]) -> None:
+        """Wait for news, unless there is something to do at once."""
+        if all(_used(entry) for entry in draining) and (draining or self._departing):
+            await news.wait()
 
     async def _give_up(self, entry: Entry, model: LoadedModel) -> None:
         with anyio.CancelScope(shield=True):
@@ -344,9 +387,6 @@ class Residency:
     def _wake(self) -> None:
         news, self._news = self._news, anyio.Event()
         news.set()
-
-    async def _next_news(self) -> None:
-        await self._news.wait()
 
     async def _shortfall(self, needed: int, beside: str | None = None) -> Shortfall:
         return await self._on_engine(lambda: self._engine.shortfall(needed, beside))

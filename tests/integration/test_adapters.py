@@ -129,6 +129,54 @@ def test_a_model_that_comes_back_has_its_adapters_again(adapted: Adapted) -> Non
     assert adapted.kind("generate", **FINITE, adapter="b") == "adapter_not_loaded"
 
 
+def test_of_two_that_come_at_once_under_one_name_one_is_refused(adapted: Adapted) -> None:
+    wire = adapted.wire
+    both = [
+        wire.send("loadAdapter", model=adapted.model, adapter="x", path=adapted.paths[name]) for name in "ab"
+    ]
+    first, second = (wire.response(request) for request in both)
+    assert first["result"]["adapter"] == "x"
+    assert second["error"]["data"]["kind"] == "invalid_adapter"
+    # One that is cancelled at any moment is there whole or not at all.
+    for _ in range(10):
+        request = wire.send("loadAdapter", model=adapted.model, adapter="y", path=adapted.paths["c"])
+        wire.notify("$/cancelRequest", id=request)
+        wire.response(request)
+        listed = {one["adapter"] for one in wire.result("models")["models"][0]["adapters"]}
+        if "y" in listed:
+            wire.result("unloadAdapter", model=adapted.model, adapter="y")
+    adapted.load("c")
+    assert adapted.tokens("c") != adapted.tokens()
+
+
+def test_an_adapter_that_comes_while_its_model_makes_room_comes_behind(tmp_path: Path) -> None:
+    with Wire("--prefill-chunk-tokens-cpu", "8") as wire:
+        wire.initialize()
+        adapted = Adapted(wire, tmp_path)
+        size = wire.result("models")["models"][0]["bytes"]
+        peak = wire.result("models")["models"][0]["prefillPeakBytes"]
+    other = str(make_tiny_model(tmp_path / "other", seed=1))
+    # Room for one model and what it needs to run, not for two.
+    budget = ("--memory-budget-bytes", str(2 * size - 1000 if peak < size else size + peak + 100_000))
+    with Wire("--prefill-chunk-tokens-cpu", "8", *budget) as wire:
+        wire.initialize()
+        wire.result("load", model=adapted.model)
+        asked = [
+            wire.send("load", model=other),
+            wire.send("loadAdapter", model=adapted.model, adapter="a", path=adapted.paths["a"]),
+            wire.send("loadAdapter", model=adapted.model, adapter="b", path="/no/such/folder"),
+            wire.send("reload", model=adapted.model),
+            wire.send("load", model=other),
+        ]
+        answers = [wire.response(request) for request in asked]
+        assert "result" in answers[0]
+        assert answers[2]["error"]["data"]["kind"] == "invalid_adapter"
+        assert all("internal_error" not in json.dumps(answer) for answer in answers)
+        for model in (adapted.model, other):
+            wire.result("unload", model=model)
+        assert wire.result("stats")["memory"]["weightsBytes"] == 0
+
+
 def test_what_is_no_adapter_of_the_model_is_refused_and_leaves_nothing_behind(
     adapted: Adapted, tmp_path: Path
 ) -> None:

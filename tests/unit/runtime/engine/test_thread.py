@@ -255,6 +255,19 @@ def test_other_limits_hold_from_the_next_step_on(bench: Bench) -> None:
         bench.engine.cancel(sequence)
 
 
+def test_who_waits_hears_of_a_budget_that_has_shrunk_and_so_does_a_claim(bench: Bench) -> None:
+    batch = ScriptedBatch()
+    batch.footprint = Footprint(weights=1000, kv_per_token=1 << 10, kv_fixed=0, prefill_peak=0)
+    bench.attach("m", batch)
+    running, waiting = bench.submit("m", 700), bench.submit("m", 700)
+    bench.settings.memory_budget_bytes = 2000
+    bench.engine.run(bench.engine.reconfigure).result(10)
+    assert bench.end_of(waiting).finish == "failed"
+    assert isinstance(waiting.failure, OutOfMemory)
+    assert bench.end_of(running).finish in ("length", "failed")
+    assert bench.engine.claim("coming", 1 << 19).result(10) is False
+
+
 def test_a_sequence_that_is_ended_with_an_error_has_it(bench: Bench) -> None:
     bench.attach("m", ScriptedBatch())
     sequence = bench.submit("m", 10**9)

@@ -396,6 +396,45 @@ async def test_a_renewed_model_takes_over_and_the_old_one_ends_what_it_has(house
     await house.until(lambda: house.engine.report().memory.weights_bytes == SIZE)
 
 
+async def test_models_may_be_unloaded_while_others_expire(house: House) -> None:
+    await house.load("a", "b", "c", ttl_ms=0)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(house.registry.residency.evict_expired)
+        for name in "abc":
+            tasks.start_soon(house.unload, name)
+    assert house.states() == {}
+
+
+async def test_a_model_that_left_while_its_reload_waited_is_brought_in_anew(house: House) -> None:
+    await house.load("a")
+    await house.load("b", "c", pin=True)
+    async with house.in_use("a") as done, anyio.create_task_group() as asking:
+        asking.start_soon(house.load, "d")
+        asking.start_soon(house.registry.reload, m.ReloadParams(model="a"))
+        await house.until(lambda: house.states()["a"] == "draining")
+        done()
+    assert house.resident() == "abc"
+    assert house.engine.report().memory.weights_bytes == 3 * SIZE
+    await house.ask("d")
+    await house.until(lambda: house.engine.report().memory.weights_bytes == 3 * SIZE)
+
+
+async def test_a_budget_that_shrinks_keeps_nobody_waiting_for_ever(house: House) -> None:
+    await house.load("a", "b")
+    async with house.in_use("a", "b"), anyio.create_task_group() as asking:
+        asking.start_soon(house.ask, "a", 1000)
+        house.loading.go_on = anyio.Event()
+        asking.start_soon(house.load, "c")
+        await house.until(lambda: house.states().get("c") == "loading")
+        house.settings.memory_budget_bytes = SIZE
+        await asyncio.wrap_future(house.engine.run(house.engine.reconfigure))
+        with pytest.raises(OutOfMemory):
+            await house.ask("b", 1000)
+        house.settings.memory_budget_bytes = BUDGET
+        await asyncio.wrap_future(house.engine.run(house.engine.reconfigure))
+        house.loading.go_on.set()
+
+
 async def test_memory_is_where_it_was_after_any_number_of_changes(house: House) -> None:
     for round_ in range(6):
         for name in "abcdef"[round_ % 3 :]:
