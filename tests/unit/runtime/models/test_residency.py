@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -409,8 +410,14 @@ async def test_a_model_that_left_while_its_reload_waited_is_brought_in_anew(hous
     await house.load("a")
     await house.load("b", "c", pin=True)
     async with house.in_use("a") as done, anyio.create_task_group() as asking:
+        # While the engine says nothing the load cannot see yet who has to leave for it.
+        gate = threading.Event()
+        house.engine.run(gate.wait)
         asking.start_soon(house.load, "d")
+        await house.until(lambda: house.states().get("d") == "loading")
         asking.start_soon(house.registry.reload, m.ReloadParams(model="a"))
+        await anyio.sleep(0)
+        gate.set()
         await house.until(lambda: house.states()["a"] == "draining")
         done()
     assert house.resident() == "abc"
