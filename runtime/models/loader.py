@@ -16,7 +16,8 @@ from mlx import nn
 from mlx_sidecar.protocol.messages import DtypeRequest
 
 from ..engine.device import is_out_of_memory
-from .precision import choose_dtype
+from ..engine.rows import Rows
+from .precision import DOES_NOT_RUN, choose_dtype
 
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _PIECE_BYTES = 32 * 1024 * 1024
@@ -74,6 +75,10 @@ def load_network(folder: Path, dtype: DtypeRequest, device: str, on_piece: OnPie
     if wanted != stored:
         module = _convert(module, _DTYPES[wanted])
     _evaluate(module, on_piece)
+    if device == "cpu":
+        # A first pass takes longer than those to come; elsewhere the engine's warm-up is for that.
+        _run_once(module)
+    mx.eval(list(_all_arrays(module)))
     return Network(
         module=module,
         dtype=wanted,
@@ -84,6 +89,15 @@ def load_network(folder: Path, dtype: DtypeRequest, device: str, on_piece: OnPie
         nbytes=sum(array.nbytes for _, array in _arrays(module)),
         load_ms=(time.monotonic() - began) * 1000,
     )
+
+
+def _run_once(module: Any) -> None:
+    try:
+        mx.eval(module(mx.array([[0]]), cache=Rows(module).layers))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryError from None
+        raise LoadError(DOES_NOT_RUN) from error
 
 
 def _count(module: Any) -> int:
@@ -109,7 +123,6 @@ def _evaluate(module: nn.Module, on_piece: OnPiece) -> None:
         done += sum(array.nbytes for array in piece)
         tensors += len(piece)
     on_piece(Loaded(done, total, tensors, len(arrays)))
-    mx.eval(list(_all_arrays(module)))
 
 
 def _pieces(arrays: list[mx.array]) -> Iterator[list[mx.array]]:

@@ -27,7 +27,7 @@ from .entry import Entry
 from .folder_check import check_folder
 from .loaded import LoadedModel
 from .loader_thread import LoaderThread
-from .precision import projected_bytes
+from .precision import DOES_NOT_RUN, projected_bytes
 from .progress import LoadWatch
 from .sources import find_model, read_config
 from .store import ModelStore
@@ -46,7 +46,6 @@ log = logging.getLogger("models")
 _NO_MEMORY = "the device has no memory left"
 _GONE = "its files went away while they were read"
 _CHANGED = "its files changed while they were read"
-_DOES_NOT_RUN = "its network does not run: config.json and the weights do not fit together"
 _MODEL_ERRORS = (
     ArithmeticError,
     AttributeError,
@@ -189,7 +188,7 @@ class Loading:
     def _explained(self, name: str, needed: int, error: Exception) -> SidecarError:
         from ..engine.device import is_out_of_memory
 
-        return self._no_memory(name, needed) if is_out_of_memory(error) else InvalidModel(name, _DOES_NOT_RUN)
+        return self._no_memory(name, needed) if is_out_of_memory(error) else InvalidModel(name, DOES_NOT_RUN)
 
     def _no_memory(self, name: str, needed: int) -> OutOfMemory:
         return OutOfMemory(needed, self._engine.report().memory.free_bytes, model=name)

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 from mlx_sidecar.protocol.messages import DtypeRequest
 
+DOES_NOT_RUN = "its network does not run: config.json and the weights do not fit together"
 _SLOW_ON_CPU = "MLX's CPU backend computes quantized and 16-bit matrix products far slower than float32"
 _NAMES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
