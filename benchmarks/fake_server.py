@@ -75,6 +75,14 @@ class FakeBatch:
         self._rows.clear()
         return left
 
+    def attach_adapter(self, name: str, weights: object) -> None:
+        """Take none."""
+        raise NotImplementedError
+
+    def detach_adapter(self, name: str) -> None:
+        """Have none."""
+        raise NotImplementedError
+
     def report(self) -> BatchReport:
         """Return what is being done."""
         return BatchReport(0, len(self._rows), 1)

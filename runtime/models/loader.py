@@ -54,7 +54,9 @@ class LoadError(Exception):
     """The folder is not a model that can be loaded; the message is fit for a client."""
 
 
-def load_network(folder: Path, dtype: DtypeRequest, device: str, on_piece: OnPiece) -> Network:
+def load_network(
+    folder: Path, dtype: DtypeRequest, device: str, on_piece: OnPiece = lambda _: None
+) -> Network:
     """Read the weights, convert them if asked or wise, and evaluate every array of the network.
 
     What was evaluated may be used on any thread; a graph only where it was made.
