@@ -308,9 +308,7 @@ class ModelRegistry:
             await entry.changed()
         if entry.model is not None and entry.state == "ready":
             entry.become("draining")
-            await entry.model.use.ended()
-            entry.become("unloading")
-            await self.residency.depart(entry.model)
+            await self.residency.depart(entry.model, entry)
         self._forget(entry)
         entry.become("unloaded")
         self._succeeded = [other for other in self._succeeded if other is not entry]

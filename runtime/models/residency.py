@@ -129,13 +129,16 @@ class Residency:
             finally:
                 self._engine.release_claim(room_for)
 
-    async def depart(self, model: LoadedModel) -> None:
-        """Give a model's memory back when its last request has ended."""
+    async def depart(self, model: LoadedModel, entry: Entry | None = None) -> None:
+        """Give a model's memory back when its last request has ended; `entry` is told when that is."""
+        # From now on who needs room may wait for it.
         self._departing += 1
         # Once begun it runs to its end, whoever stops waiting for it: half of it is no state.
         with anyio.CancelScope(shield=True):
             try:
                 await model.use.ended()
+                if entry is not None:
+                    entry.become("unloading")
                 await self._on_engine(lambda: self._engine.detach(model.key))
             finally:
                 self._departing -= 1
@@ -190,6 +193,8 @@ class Residency:
         finally:
             cancelled = attempt.scope.cancelled_caught
             self._guesses.discard(entry)
+            if entry.state == "ready":
+                error = None  # Also when nobody waits for it any more: a reload has brought it.
             entry.attempt, entry.failure = None, None if cancelled else error
             if error is None:
                 entry.become("ready")

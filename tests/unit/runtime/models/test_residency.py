@@ -334,6 +334,18 @@ async def test_an_unload_serves_who_came_before_and_a_load_behind_it_begins_anew
         await house.ask("chat")
 
 
+async def test_a_load_waits_for_room_that_an_unload_will_leave(house: House) -> None:
+    await house.load("a", "b", pin=True)
+    await house.load("c", pin=True)
+    async with house.in_use("a") as done, anyio.create_task_group() as asking:
+        asking.start_soon(house.unload, "a")
+        await house.until(lambda: house.states()["a"] == "draining")
+        asking.start_soon(house.load, "d")
+        await house.until(lambda: house.states().get("d") == "loading")
+        done()
+    assert house.resident() == "bcd"
+
+
 async def test_force_ends_who_runs_and_who_waits_also_when_an_unload_waits_already(house: House) -> None:
     await house.load("endless")
     outcomes: list[str] = []
