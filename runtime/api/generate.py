@@ -16,8 +16,9 @@ from mlx_sidecar.protocol.errors import (
     Overloaded,
 )
 
-from ..engine.sequence import Sampling, Sequence
+from ..engine.sequence import Displaced, Sampling, Sequence
 from ..engine.thread import InferenceThread
+from ..models.entry import Entry
 from ..models.housekeeping import Housekeeping
 from ..models.loaded import LoadedModel, Use
 from ..models.registry import ModelRegistry
@@ -107,10 +108,17 @@ class GenerateApi:
         adapter = None if isinstance(params.adapter, UnsetType) else params.adapter
         self._housekeeping.check()
         with request.scope:
-            async with self._registry.using(params.model, adapter) as (model, uses):
-                self._check_line(model.key)
-                prompt = await self._prompt(params, model)
-                return await self._answer(request, model, uses, prompt)
+            # Found once: who has to go back stays with the model that it came for.
+            entry = self._registry.find(params.model)
+            wanted: str | Entry = params.model
+            while True:
+                try:
+                    async with self._registry.using(wanted, adapter) as (model, uses):
+                        self._check_line(model.key)
+                        prompt = await self._prompt(params, model)
+                        return await self._answer(request, model, uses, prompt)
+                except Displaced:
+                    wanted, request.generation = entry, None
         request.check_deadline()
         return _cancelled_before_it_began(request.arrived_at, streamed=request.call.stream is not None)
 

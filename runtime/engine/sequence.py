@@ -6,11 +6,15 @@ from typing import Literal, NamedTuple
 
 from msgspec import Struct, field
 
-from mlx_sidecar.protocol.errors import SidecarError
+from mlx_sidecar.protocol.errors import InternalError, SidecarError
 
 from ..scheduling.priority import Priority
 
 FinishReason = Literal["stop", "length", "cancelled", "failed"]
+
+
+class Displaced(InternalError):
+    """It had not begun, and its model has to leave memory first. It goes back to wait for the model."""
 
 
 class Sampling(Struct, frozen=True):

@@ -24,7 +24,7 @@ from ..scheduling.memory import Footprint, MemoryReport, Shortfall
 from ..scheduling.waiting import WaitingReport
 from ..telemetry.vitals import Vitals
 from .mlx_start import start_mlx
-from .sequence import BatchReport, Device, Emission, FinishReason, MemoryUse, Sequence
+from .sequence import BatchReport, Device, Displaced, Emission, FinishReason, MemoryUse, Sequence
 
 if TYPE_CHECKING:
     from .batch import Batch
@@ -161,6 +161,12 @@ class InferenceThread:
         self._admission.refuse(hopeless)
         for sequence in hopeless:
             self._fail([sequence], self._admission.out_of_memory(sequence))
+
+    def displace(self, model: str) -> None:
+        """Send back who waits for `model` and cannot run before others leave. On this thread, by `run`."""
+        hopeless = [sequence for sequence in self._admission.hopeless() if sequence.model == model]
+        self._admission.refuse(hopeless)
+        self._fail(hopeless, Displaced())
 
     def batch(self, model: str) -> "Batch":
         """Return the batch that runs `model`. Call on this thread, out of `run`."""

@@ -75,13 +75,13 @@ class Housekeeping:
             self.pressure.level, self.pressure.reason = "none", UNSET
             self.pressure.restored += 1
 
-    def _shortage(self, factor: float) -> str | None:
+    def _shortage(self, factor: float, *, with_caches: bool = True) -> str | None:
         self.available_bytes = self._pages.available_memory()
         least = self._settings.min_available_bytes * factor
         if self.available_bytes is not None and self.available_bytes < least:
             return f"the machine has {self.available_bytes} bytes available, less than {round(least)}"
         budget = self._engine.report().memory.budget_bytes
-        held = self._engine.memory.active + self._engine.memory.cached
+        held = self._engine.memory.active + (self._engine.memory.cached if with_caches else 0)
         if budget and held * factor > budget:
             return f"MLX holds {held} bytes of a budget of {budget}"
         return None
@@ -91,7 +91,8 @@ class Housekeeping:
         before = pressure.level
         await asyncio.wrap_future(self._engine.run(self._engine.give_memory_back))
         pressure.caches += 1
-        if before == "none":
+        if before == "none" or self._shortage(1.0, with_caches=False) is None:
+            # Unused buffers alone were too much, and come again: nobody has to leave for them.
             pressure.level = "caches"
         elif await self._registry.residency.evict_oldest():
             pressure.models += 1

@@ -87,19 +87,23 @@ class ModelRegistry:
 
     @asynccontextmanager
     async def using(
-        self, name: str, adapter: str | None = None
+        self, name: str | Entry, adapter: str | None = None
     ) -> AsyncGenerator[tuple[LoadedModel, list[Use]]]:
         """Keep a model in memory while the block runs, after bringing it there if need be.
+
+        Who had to go back to wait for it names it by what `find` has returned.
 
         Raises:
             ModelNotLoaded: nobody has loaded it.
             AdapterNotLoaded: it has no such adapter.
             SidecarError: it could not be brought back.
         """
-        entry = self.find(name)
-        entry.touch()
-        if self._settings.predictive_preload:
-            self.residency.predictor.note_request(entry.name, time.monotonic())
+        if isinstance(name, str):
+            name = self.find(name)
+            name.touch()
+            if self._settings.predictive_preload:
+                self.residency.predictor.note_request(name.name, time.monotonic())
+        entry = name
         model = await self._ready(entry)
         with model.in_use(adapter) as uses:
             try:

@@ -316,6 +316,11 @@ class Residency:
         """Let others leave so that a request to the model `key` has room; refuse it if that cannot be."""
         gap = await self._shortfall(self._hungry[key], beside=key)
         own = next((entry for entry in self._entries.values() if _key(entry) == key), None)
+        if own in draining:
+            # Or two that leave would wait for each other: it comes back with its model, in its turn.
+            self._hungry.pop(key, None)
+            await self._on_engine(lambda: self._engine.displace(key))
+            return
         if gap.ever <= 0 or self._engine.footprint(key) is None:
             self._hungry.pop(key, None)
             return

@@ -81,11 +81,13 @@ class ModelStore:
         self._clean_up()
         while True:
             folder = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self._folder))
-            held = os.open(folder, os.O_RDONLY)
-            fcntl.flock(held, fcntl.LOCK_EX)
-            if folder.exists():
-                break
-            os.close(held)  # Somebody took it for left over, in the moment before it was locked.
+            # Somebody may take it for left over, in the moment before it is locked.
+            with suppress(FileNotFoundError):
+                held = os.open(folder, os.O_RDONLY)
+                fcntl.flock(held, fcntl.LOCK_EX)
+                if folder.exists():
+                    break
+                os.close(held)
         try:
             yield folder
         finally:

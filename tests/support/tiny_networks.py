@@ -71,7 +71,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 16},
     "phi": {"partial_rotary_factor": 0.5, "num_hidden_layers": 3},
     "phi3": {},
-    "olmo2": {},
+    "olmo2": {"num_hidden_layers": 3},
     "granite": {
         "logits_scaling": 4.0,
         "attention_multiplier": 0.25,

@@ -14,6 +14,7 @@ from mlx_sidecar.protocol import messages as m
 from mlx_sidecar.protocol.errors import InvalidParams, Overloaded, SidecarError
 from mlx_sidecar.runtime.api.generate import GenerateApi
 from mlx_sidecar.runtime.engine.sequence import Emission, Sequence
+from mlx_sidecar.runtime.models.entry import Entry
 from mlx_sidecar.runtime.models.loaded import LoadedModel, Use
 from mlx_sidecar.runtime.pool import Pool
 from mlx_sidecar.runtime.scheduling.priority import Priority
@@ -66,8 +67,13 @@ class Registry:
         )  # fmt: skip
         self.model = LoadedModel("m", "m", ModelTokenizer(folder), facts)
 
+    def find(self, name: str) -> Entry:
+        return Entry(name, m.LoadParams(model=name))
+
     @asynccontextmanager
-    async def using(self, _: str, adapter: str | None) -> AsyncGenerator[tuple[LoadedModel, list[Use]]]:
+    async def using(
+        self, _: str | Entry, adapter: str | None
+    ) -> AsyncGenerator[tuple[LoadedModel, list[Use]]]:
         await self.loaded.wait()
         with self.model.in_use(adapter) as uses:
             yield self.model, uses
