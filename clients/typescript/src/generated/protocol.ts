@@ -469,10 +469,11 @@ export interface LoadResult {
  * Of the process and the machine (by the operating system) and of MLX (by its allocator), in bytes.
  *
  * Whatever comes into memory is let in as long as all of this stays within `budgetBytes`: `weightsBytes`,
- * what the models and adapters take, `loadingBytes`, what those that are being loaded will take, and
- * `reservedBytes`, what the requests that were let in will take at their full length. MLX keeps unused
- * buffers up to `cacheLimitBytes`, never more than nobody else has a claim on. `wiredLimitBytes` is what
- * Metal keeps from being paged out; 0 is off. All of these are absent until MLX has started.
+ * what the models and adapters take, `loadingBytes`, what those that are being loaded will take, or wait
+ * to take while requests end, and `reservedBytes`, what the requests that were let in will take at their
+ * full length. MLX keeps unused buffers up to `cacheLimitBytes`, never more than nobody else has a claim
+ * on. `wiredLimitBytes` is what Metal keeps from being paged out; 0 is off. All of these are absent until
+ * MLX has started.
  */
 export interface MemoryStats {
   residentBytes: number;
