@@ -290,12 +290,12 @@ class OutOfMemory(SidecarError):
     code, kind = 1011, "out_of_memory"
 
     def __init__(self, needed_bytes: int, available_bytes: int, *, model: str | None = None) -> None:
-        data: dict[str, object] = {"neededBytes": needed_bytes, "availableBytes": available_bytes}
         if model is None:
             super().__init__(
                 f"At its full length this request needs {needed_bytes} bytes of memory; beside the models "
                 f"there are {available_bytes}. Shorten the prompt, lower maxTokens, or unload a model.",
-                **data,
+                neededBytes=needed_bytes,
+                availableBytes=available_bytes,
             )
         else:
             super().__init__(
@@ -303,7 +303,8 @@ class OutOfMemory(SidecarError):
                 f"are {available_bytes}. Unload or unpin another model, allow a larger budget, or take a "
                 "smaller model.",
                 model=model[:200],
-                **data,
+                neededBytes=needed_bytes,
+                availableBytes=available_bytes,
             )
 
 

@@ -74,8 +74,9 @@ class MemoryStats(Result):
     Whatever comes into memory is let in as long as all of this stays within `budgetBytes`: `weightsBytes`,
     what the models and adapters take, `loadingBytes`, what those that are being loaded will take, or wait to
     take while requests end, and `reservedBytes`, what the requests that were let in will take at their full
-    length. MLX keeps unused buffers up to `cacheLimitBytes`, never more than nobody else has a claim on. `wiredLimitBytes` is what
-    Metal keeps from being paged out; 0 is off. All of these are absent until MLX has started.
+    length. MLX keeps unused buffers up to `cacheLimitBytes`, never more than nobody else has a claim on.
+    `wiredLimitBytes` is what Metal keeps from being paged out; 0 is off. All of them are absent until MLX
+    has started.
     """
 
     resident_bytes: int

@@ -472,7 +472,7 @@ export interface LoadResult {
  * what the models and adapters take, `loadingBytes`, what those that are being loaded will take, or wait
  * to take while requests end, and `reservedBytes`, what the requests that were let in will take at their
  * full length. MLX keeps unused buffers up to `cacheLimitBytes`, never more than nobody else has a claim
- * on. `wiredLimitBytes` is what Metal keeps from being paged out; 0 is off. All of these are absent until
+ * on. `wiredLimitBytes` is what Metal keeps from being paged out; 0 is off. All of them are absent until
  * MLX has started.
  */
 export interface MemoryStats {
