@@ -708,8 +708,9 @@ def test_descriptors_and_threads_are_given_back() -> None:
     for _ in range(20):
         make_without_stopping(pulses)
     descriptors, threads = held()
-    # A thread of some test before may have been on its way out when they were counted.
-    assert (descriptors, max(threads, before[1])) == before
+    assert descriptors == before[0]
+    # Threads of other tests may come or go meanwhile, but not as many as there were pulses.
+    assert threads < before[1] + 20
 
 
 def test_a_file_is_read_to_its_end(tmp_path: Path) -> None:
